@@ -235,16 +235,12 @@ def measure_matmul_rate(
 
     device, dtype = torch.device(device), dtype or torch.bfloat16
     sizes = (2048, 4096, 8192) if device.type == "cuda" else (256, 512, 1024, 2048)
-    deadline = time.perf_counter() + seconds
-    best = 0.0
+    started, best = time.perf_counter(), 0.0
     with torch.no_grad():
         for index, size in enumerate(sizes):
-            # The first call of a size warms up (code generation, allocation) and says whether there is time for it.
-            expected = 2.0 * size**3 / best if best else 0.0
-            left = deadline - time.perf_counter()
-            if index and left < 2 * expected:
+            if best and 2.0 * size**3 / best > seconds:
                 break
-            until = time.perf_counter() + left / (len(sizes) - index)
+            until = started + seconds * (index + 1) / len(sizes)
             best = max(best, _square_matmul_rate(size, dtype, device, until))
     return best
 
