@@ -1,0 +1,219 @@
+"""Attention behind one function, whichever kernel the machine has.
+
+The rest of the code says *what* may see what (an `AttentionPattern`, built once a step and shared by all layers) and
+calls `attention`. How it is computed is decided here:
+
+    backend    where                          memory of the mask
+    varlen     CUDA: flash attention          none: documents are given by their boundaries
+               CPU: flash, document by document
+    sdpa       anywhere; the default on a CPU up to 1,024 tokens a row, where one shared block-diagonal mask
+               is cheaper than many small calls           [B, T, T]
+    reference  anywhere, slow: the formula itself, in any precision; the tests' yardstick
+
+Shapes: B rows, T queries, S keys, H query heads, G key/value heads (H a multiple of G), D head size, N = B*T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+BACKENDS = ("varlen", "sdpa", "reference")
+_SDPA_MAX_TOKENS_ON_CPU = (
+    1024  # beyond it the [B, T, T] mask is quadratic in T; a shared mask costs 7 % of a step at 256
+)
+
+
+@dataclass
+class AttentionPattern:
+    """Which keys each query sees.
+
+    Attributes:
+        backend: One of BACKENDS.
+        mask: bool [B, 1, T, S], True = visible, or None for plain causal attention.
+        cu_seqlens: int32 [n + 1], boundaries of the documents in the flattened batch (`varlen` only). Entries behind
+            the last document repeat N, so that the shape can stay fixed while the number of documents changes.
+        max_seqlen: The longest document may not be longer than this (`varlen` only).
+    """
+
+    backend: str
+    mask: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    max_seqlen: int = 0
+
+
+def choose_backend(device: torch.device | str, seq_len: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The fastest backend that trains packed rows of `seq_len` tokens on this device in this precision."""
+    if torch.device(device).type == "cuda":
+        return "varlen" if dtype in (torch.float16, torch.bfloat16) else "sdpa"  # flash kernels take no float32
+    return "sdpa" if seq_len <= _SDPA_MAX_TOKENS_ON_CPU else "varlen"
+
+
+def packed_pattern(
+    document_ids_BT: torch.Tensor,
+    dtype: torch.dtype,
+    backend: str | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> AttentionPattern:
+    """Causal attention within each document of packed rows, none between documents.
+
+    Args:
+        document_ids_BT: [B, T], equal for tokens of the same document; the tokens of a document are adjacent.
+        dtype: What the attention is computed in.
+        backend: One of BACKENDS; None lets `choose_backend` decide.
+        cu_seqlens: int32 boundaries when the caller already has them (fixed shape, for `torch.compile`); otherwise
+            they are read off `document_ids_BT`, which waits for the device.
+    """
+    B, T = document_ids_BT.shape
+    backend = backend or choose_backend(document_ids_BT.device, T, dtype)
+    if backend == "varlen":
+        if cu_seqlens is None:
+            cu_seqlens = boundaries(document_ids_BT)
+        return AttentionPattern("varlen", cu_seqlens=cu_seqlens, max_seqlen=T)
+    same_document = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+    positions = torch.arange(T, device=document_ids_BT.device)
+    return AttentionPattern(backend, mask=(same_document & (positions[:, None] >= positions))[:, None])
+
+
+def cached_pattern(position_ids_BT: torch.Tensor, cache_length: int) -> AttentionPattern:
+    """Each new token sees its own row's cache up to and including its own position."""
+    indices = torch.arange(cache_length, device=position_ids_BT.device)
+    return AttentionPattern("sdpa", mask=(indices <= position_ids_BT[:, :, None])[:, None])
+
+
+def boundaries(document_ids_BT: torch.Tensor) -> torch.Tensor:
+    """`cu_seqlens` of packed rows: int32 [number of documents + 1], 0 first and B*T last."""
+    B, T = document_ids_BT.shape
+    starts = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    starts[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    return F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=B * T).to(torch.int32)
+
+
+def attention(q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, pattern: AttentionPattern):
+    """softmax(q k^T / sqrt(D)) v over the keys that `pattern` makes visible ("Attention is all you need", eq. 1).
+
+    Query head h uses key/value head h // (H / G) (grouped-query attention, arXiv:2305.13245).
+
+    Returns:
+        [B, H, T, D], in the dtype of the inputs.
+    """
+    if pattern.backend == "varlen" and pattern.cu_seqlens is not None:
+        return _varlen(q_BHTD, k_BGSD, v_BGSD, pattern)
+    if pattern.backend == "reference":
+        return _reference(q_BHTD, k_BGSD, v_BGSD, pattern.mask)
+    is_causal = pattern.mask is None
+    grouped = q_BHTD.shape[1] != k_BGSD.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BGSD, v_BGSD, attn_mask=pattern.mask, is_causal=is_causal, enable_gqa=grouped
+    )
+
+
+def _reference(q_BHTD, k_BGSD, v_BGSD, mask):
+    T, S, groups = q_BHTD.shape[2], k_BGSD.shape[2], q_BHTD.shape[1] // k_BGSD.shape[1]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril()
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k_BGSD, v_BGSD))
+    scores = q_BHTD @ k.transpose(-1, -2) * q_BHTD.shape[-1] ** -0.5
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+def _varlen(q_BHTD, k_BGSD, v_BGSD, pattern: AttentionPattern):
+    B, H, T, D = q_BHTD.shape
+    q, k, v = (x.transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (q_BHTD, k_BGSD, v_BGSD))
+    if q.device.type == "cuda":
+        from torch.nn.attention.varlen import varlen_attn
+
+        cu, longest, causal = pattern.cu_seqlens, pattern.max_seqlen, (-1, 0)
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=causal, enable_gqa=H != k.shape[1])
+    else:
+        out, _ = torch.ops.minigpt.document_attention(q, k, v, pattern.cu_seqlens)
+    return out.view(B, T, H, D).transpose(1, 2)
+
+
+# On a CPU: flash attention document by document. One opaque operator keeps `torch.compile` from looking into a loop
+# whose trip count is data, so the shapes outside stay fixed.
+
+
+def _documents(cu_seqlens: torch.Tensor) -> list[slice]:
+    edges = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in zip(edges, edges[1:], strict=False) if end > start]
+
+
+def _heads_first(x_NHD: torch.Tensor, document: slice, groups: int = 1) -> torch.Tensor:
+    """[1, H, L, D] of one document; each head repeated `groups` times."""
+    x = x_NHD[document].transpose(0, 1)
+    return (x.repeat_interleave(groups, dim=0) if groups > 1 else x)[None]
+
+
+@torch.library.custom_op("minigpt::document_attention", mutates_args=(), device_types="cpu")
+def _document_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    log_sum_exp = torch.empty(q.shape[:2], dtype=_accumulate_dtype(q))
+    for doc in _documents(cu_seqlens):
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _heads_first(q, doc), _heads_first(k, doc, groups), _heads_first(v, doc, groups), is_causal=True
+        )
+        out[doc] = o[0].transpose(0, 1)
+        log_sum_exp[doc] = lse[0].transpose(0, 1)
+    return out, log_sum_exp
+
+
+@_document_attention.register_fake
+def _(q, k, v, cu_seqlens):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:2], dtype=_accumulate_dtype(q))
+
+
+@torch.library.custom_op("minigpt::document_attention_backward", mutates_args=(), device_types="cpu")
+def _document_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for doc in _documents(cu_seqlens):
+        dq_doc, dk_doc, dv_doc = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _heads_first(grad, doc),
+            _heads_first(q, doc),
+            _heads_first(k, doc, groups),
+            _heads_first(v, doc, groups),
+            _heads_first(out, doc),
+            log_sum_exp[doc].transpose(0, 1)[None],
+            dropout_p=0.0,
+            is_causal=True,
+        )
+        dq[doc] = dq_doc[0].transpose(0, 1)
+        for d, d_doc in ((dk, dk_doc), (dv, dv_doc)):  # a key/value head collects what its group of query heads gives
+            d[doc] = d_doc[0].unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
+    return dq, dk, dv
+
+
+@_document_attention_backward.register_fake
+def _(grad, q, k, v, out, log_sum_exp, cu_seqlens):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+
+
+def _backward(ctx, grad, _):
+    q, k, v, out, log_sum_exp, cu_seqlens = ctx.saved_tensors
+    return *torch.ops.minigpt.document_attention_backward(grad, q, k, v, out, log_sum_exp, cu_seqlens), None
+
+
+_document_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _accumulate_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
