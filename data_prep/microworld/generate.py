@@ -1,0 +1,199 @@
+"""Write the micro-world as files: what is trained on, and what is kept back for evaluation."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.microworld.arithmetic import draw_sum, split_pairs, worked_text
+from data_prep.microworld.chats import (
+    MAKERS,
+    Record,
+    Training,
+    conversation,
+    heldout_aspect,
+    heldout_fact,
+    heldout_sum,
+)
+from data_prep.microworld.identity import ASPECTS, heldout_aspects, self_portrait
+from data_prep.microworld.phrases import QUESTIONS
+from data_prep.microworld.rng import Stream
+from data_prep.microworld.stories import PLOTS, gathering, heldout_plots, pair_portrait, portrait, story
+from data_prep.microworld.world import LANGS, Lang, World, build_world
+from minigpt.errors import UserError
+
+# How often each kind of document is drawn for pretraining.
+DOCUMENTS = {
+    "story": 0.34,
+    "portrait": 0.18,
+    "pair": 0.08,
+    "gathering": 0.06,
+    "self": 0.06,
+    "dialogue": 0.14,
+    "sums": 0.14,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is written: people in the world, pretraining documents, conversations, held-out records."""
+
+    people: int
+    documents: int
+    conversations: int
+    heldout_qa: int
+    heldout_sums: int
+    heldout_stories: int
+
+
+SIZES = {
+    "tiny": Size(people=8, documents=120, conversations=120, heldout_qa=24, heldout_sums=24, heldout_stories=8),
+    "small": Size(
+        people=32, documents=2_500, conversations=2_400, heldout_qa=200, heldout_sums=200, heldout_stories=32
+    ),
+    "quickstart": Size(
+        people=32, documents=11_000, conversations=12_000, heldout_qa=200, heldout_sums=200, heldout_stories=64
+    ),
+}
+
+
+@dataclass
+class MicroWorldOptions:
+    """Options of the micro-world generator.
+
+    Args:
+        seed: chooses the world, what is held out, and every sentence; the same seed gives the same bytes everywhere.
+        size: `tiny` (for tests), `small` (about 250k tokens of text, 150k of chats) or `quickstart` (four times that).
+    """
+
+    seed: int = 0
+    size: Literal["tiny", "small", "quickstart"] = "small"
+
+
+def write_microworld(folder: Path, options: MicroWorldOptions | None = None) -> dict[str, Path]:
+    """Generate the micro-world into `folder`.
+
+    Args:
+        folder: created when it is missing; files of an earlier run are replaced one by one, each atomically.
+        options: seed and size.
+
+    Returns:
+        The file of each part: `pretrain` ({"text"}), `sft` ({"messages"}), `heldout_stories` ({"text"}), and
+        `heldout_qa` and `heldout_sums` (prompt records: {"messages", "answer", "verifier", "meta"}).
+
+    Raises:
+        UserError: when the size is unknown.
+    """
+    options = options or MicroWorldOptions()
+    if options.size not in SIZES:
+        raise UserError(f"the micro-world has no size {options.size!r}; choose one of {', '.join(SIZES)}")
+    seed, size = options.seed, SIZES[options.size]
+    source = Source(seed, size)
+    parts: dict[str, Iterable[Record]] = {
+        "pretrain": source.documents(),
+        "sft": source.conversations(),
+        "heldout_stories": source.heldout_stories(),
+        "heldout_qa": source.heldout_qa(),
+        "heldout_sums": source.heldout_sums(),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {name: _write_jsonl(folder / f"{name}.jsonl", records) for name, records in parts.items()}
+
+
+def _write_jsonl(path: Path, records: Iterable[Record]) -> Path:
+    """One JSON object a line, UTF-8, `\\n` on every platform; under a temporary name until it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+class Source:
+    """All records of one seed and size. Record i of a part is a pure function of (seed, world, i)."""
+
+    def __init__(self, seed: int, size: Size) -> None:
+        self.seed, self.size = seed, size
+        self.world: World = build_world(seed, size.people)
+        trained_pairs, self.heldout_pairs = split_pairs(seed)
+        aspects = heldout_aspects(seed)
+        plots = heldout_plots(seed, size.people)
+        self.heldout_aspects = [a for a in ASPECTS if a in aspects]
+        self.heldout_plots = [(p, h) for p in PLOTS for h in range(size.people) if (p, h) in plots]
+        self.training = Training(
+            world=self.world,
+            pairs=trained_pairs,
+            aspects=[a for a in ASPECTS if a not in aspects],
+            plots=[(p, h) for p in PLOTS for h in range(size.people) if (p, h) not in plots],
+        )
+
+    def documents(self) -> Iterator[Record]:
+        """Pretraining text."""
+        for i in range(self.size.documents):
+            stream = Stream(self.seed, "document", i)
+            yield {"text": self._document(stream.weighted(DOCUMENTS), stream.choice(LANGS), stream)}
+
+    def _document(self, kind: str, lang: Lang, stream: Stream) -> str:
+        world, person = self.world, stream.below(self.size.people)
+        makers: dict[str, Callable[[], str]] = {
+            "story": lambda: story(world, *stream.choice(self.training.plots), lang, stream),
+            "portrait": lambda: portrait(world, person, lang, stream),
+            "pair": lambda: pair_portrait(world, person, lang, stream),
+            "gathering": lambda: gathering(world, lang, stream),
+            "self": lambda: self_portrait(lang, stream),
+            "dialogue": lambda: self._dialogue(lang, stream),
+            "sums": lambda: worked_text(self.training.pairs, lang, stream),
+        }
+        return makers[kind]()
+
+    def _dialogue(self, lang: Lang, stream: Stream) -> str:
+        """Questions and answers as plain text, over trained pairs only: they show how facts are asked for."""
+        kind = stream.choice(("qa", "facts", "facts", "identity"))
+        turns = MAKERS[kind](self.training, lang, stream)
+        marks = {"en": ("Question: ", "Answer: "), "zh": ("问：", "答：")}[lang]
+        return "\n".join(marks[i % 2] + turn["content"] for i, turn in enumerate(turns))
+
+    def conversations(self) -> Iterator[Record]:
+        """SFT conversations."""
+        for i in range(self.size.conversations):
+            yield conversation(self.training, Stream(self.seed, "conversation", i))
+
+    def heldout_stories(self) -> Iterator[Record]:
+        """Stories of (plot, hero) pairs that pretraining never saw, in both languages by turns."""
+        for i in range(self.size.heldout_stories):
+            stream = Stream(self.seed, "heldout story", i)
+            plot, hero = stream.choice(self.heldout_plots)
+            yield {"text": story(self.world, plot, hero, LANGS[i % 2], stream)}
+
+    def heldout_qa(self) -> Iterator[Record]:
+        """Questions for held-out facts of the valley and of MiniGPT itself, without repeats."""
+        every: list[tuple[Any, ...]] = []
+        for lang in LANGS:
+            for person, relation in sorted(self.world.heldout):
+                every += [("fact", person, relation, lang, form) for form in range(len(QUESTIONS[lang][relation]))]
+            every += [("self", aspect, lang, form) for aspect in self.heldout_aspects for form in range(3)]
+        for kind, *rest in Stream(self.seed, "heldout questions").sample(every, self.size.heldout_qa):
+            if kind == "self":
+                yield heldout_aspect(*rest)
+            else:
+                yield heldout_fact(self.world, *rest, Stream(self.seed, "heldout question", *map(str, rest)))
+
+    def heldout_sums(self) -> Iterator[Record]:
+        """Sums over held-out operand pairs."""
+        seen = set()
+        for i in range(10 * self.size.heldout_sums):
+            stream = Stream(self.seed, "heldout sum", i)
+            problem = draw_sum(self.heldout_pairs, stream)
+            if problem in seen:
+                continue
+            seen.add(problem)
+            yield heldout_sum(problem, stream.choice(LANGS), stream)
+            if len(seen) == self.size.heldout_sums:
+                return
