@@ -73,7 +73,7 @@ CHAT_TEMPLATE = """\
     {%- endif -%}
 {%- endif -%}
 """
-"""The Jinja twin of `minigpt.dataset.chat.ChatEncoder`, for transformers, vLLM and llama.cpp; a test holds them equal."""
+"""The Jinja twin of `minigpt.dataset.chat.ChatEncoder` for transformers, vLLM, llama.cpp; a test holds them equal."""
 
 
 @dataclass
