@@ -1,0 +1,392 @@
+"""`minigpt report RUN`: what a run did, on one page of Markdown with its curves beside it.
+
+Everything comes from the run folder (`metrics.jsonl`, `config.yaml`, `summary.json`), so a report can be written while
+the run goes on, after it was interrupted, or on another machine. Files that are missing leave their part out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from minigpt.errors import UserError
+from minigpt.observe.hardware import summarise_hardware
+from minigpt.observe.metrics import METRICS_FILE, format_duration, read_metrics
+from minigpt.observe.plots import Curve, plot_details, plot_loss, plot_stages
+from minigpt.observe.reference import Band, check_against, load_band
+
+REPORT_FILE = "report.md"
+PLOT_FOLDER = "report"
+STAGE_ORDER = ("pretrain", "sft", "lora", "reason", "dpo", "reward", "ppo", "grpo")
+UNIFORM_GUESS_TOLERANCE = 0.5  # nats: a fresh model's first loss is this near to ln(vocab)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read from disk.
+
+    Args:
+        folder: The run folder.
+        config: `config.yaml`; empty when missing.
+        summary: `summary.json`, written when the run ends; empty for an interrupted run.
+        records: The records of `metrics.jsonl`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    @property
+    def stage(self) -> str:
+        return str(self.summary.get("stage") or find_key(self.config, "stage") or self.folder.resolve().name)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """From the summary, the configuration or the exported model, whichever knows."""
+        exported = _read_json(self.folder / "hf" / "config.json")
+        found = [find_key(source, "vocab_size") for source in (self.summary, self.config, exported)]
+        return next((value for value in found if isinstance(value, int)), None)
+
+    @property
+    def band(self) -> Band | None:
+        """The reference band of the recipe that the run names, when one was recorded."""
+        recipe = find_key(self.summary, "recipe") or find_key(self.config, "recipe")
+        return load_band(recipe) if isinstance(recipe, str) else None
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record.get("kind", "train") == kind]
+
+    def last(self, key: str, kind: str = "train") -> Any:
+        """The metric's latest value, or None."""
+        return next((record[key] for record in reversed(self.of_kind(kind)) if key in record), None)
+
+    def typical(self, key: str) -> float | None:
+        """The metric's median over the training records: a slow start does not count."""
+        values = [record[key] for record in self.of_kind("train") if isinstance(record.get(key), int | float)]
+        finite = [value for value in values if math.isfinite(value)]
+        return median(finite) if finite else None
+
+    def curve(self, name: str | None = None) -> Curve:
+        return Curve(name or self.stage, self.records, self.vocab_size, self.band)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. Raises UserError when there is no such folder or it holds no metrics."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the run folder that the training wrote (its --save_dir)")
+    records = read_metrics(folder)
+    if not records:
+        raise UserError(f"{folder} holds no {METRICS_FILE} with a finished step; train longer, or give a run folder")
+    return Run(folder, _read_yaml(folder / "config.yaml"), _read_json(folder / "summary.json"), records)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}); remove it, and the report is written without it"
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        where = str(error).replace("\n", " ")
+        raise UserError(f"{path} is not valid YAML ({where}); repair or remove it") from error
+    return content if isinstance(content, dict) else {}
+
+
+def find_key(tree: Any, key: str) -> Any:
+    """The value of `key` in nested dictionaries, outermost first; None when absent."""
+    if not isinstance(tree, Mapping):
+        return None
+    if tree.get(key) is not None:
+        return tree[key]
+    return next((found for branch in tree.values() if (found := find_key(branch, key)) is not None), None)
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def build_report(run_dir: Path, *, compare: Sequence[Path] = ()) -> Path:
+    """Write `report.md` and its PNG curves into a run folder.
+
+    Args:
+        run_dir: A run folder, finished or not. A folder of several stages (the quickstart's) gets one report for all.
+        compare: Other run folders whose training loss is drawn beside this one's.
+
+    Returns the path of `report.md`. Raises UserError when the folder is not a run.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / METRICS_FILE).exists() and _stage_folders(run_dir):
+        return build_quickstart_report(run_dir)
+    run = read_run(run_dir)
+    others = [read_run(Path(other)) for other in compare]
+    plots = run_dir / PLOT_FOLDER
+    loss_png = plot_loss(
+        run.curve(), plots / "loss.png", [other.curve(other.folder.resolve().name) for other in others]
+    )
+    details_png = plot_details(run.curve(), plots / "details.png")
+    parts = [
+        f"# {run.stage}: {run.folder.resolve().name}",
+        _status_sentence(run),
+        _image("Training and validation loss", loss_png, run_dir),
+        "\n".join(f"- {sentence}" for sentence in _judgements(run)),
+        markdown_table([run_row(each) for each in [run, *others]]),
+        _image("Learning rate, gradient norm, speed", details_png, run_dir) if details_png else "",
+        _samples_section(run.summary.get("samples")),
+        "## How it was made\n\n" + _provenance(run, run_dir),
+    ]
+    return _write_report(run_dir, parts)
+
+
+def _status_sentence(run: Run) -> str:
+    last_step = run.records[-1]["step"]
+    if run.finished:
+        return f"Finished after {last_step:,} steps."
+    total = find_key(run.config, "total_steps") or find_key(run.config, "max_steps")
+    of_total = f" of {total:,}" if isinstance(total, int) and total > 0 else ""
+    return f"**Not finished:** this is as far as step {last_step:,}{of_total}; the same command continues it."
+
+
+def _judgements(run: Run) -> list[str]:
+    """Is the loss right? What the start, the reference band and the non-finite steps say."""
+    sentences = []
+    first = next((record for record in run.of_kind("train") if isinstance(record.get("loss"), int | float)), None)
+    if first is not None and first["step"] <= 1 and run.vocab_size and run.stage == "pretrain":
+        uniform, loss = math.log(run.vocab_size), first["loss"]
+        verdict = "as it must be" if abs(loss - uniform) <= UNIFORM_GUESS_TOLERANCE else "**which is not near it**"
+        sentences.append(
+            f"First loss {loss:.2f}; a model that knows nothing guesses uniformly among {run.vocab_size:,} tokens: "
+            f"ln({run.vocab_size}) = {uniform:.2f}, {verdict}."
+        )
+    if run.band is not None:
+        sentences.append(check_against(run.folder, run.band).sentence)
+    losses = [record["loss"] for record in run.of_kind("train") if isinstance(record.get("loss"), float)]
+    broken = sum(not math.isfinite(loss) for loss in losses)
+    if broken:
+        sentences.append(f"**{broken} of {len(losses)} logged losses are not a number.**")
+    return sentences
+
+
+def run_row(run: Run) -> dict[str, str]:
+    """One run as a table row: what it did and how well."""
+    summary = run.summary
+    valid_loss = _first(summary.get("valid_loss"), run.last("valid_loss", "valid"))
+    bits = _first(summary.get("bits_per_byte"), run.last("valid_bits_per_byte", "valid"))
+    row = {
+        "run": run.folder.resolve().name,
+        "stage": run.stage,
+        "steps": _number(_first(summary.get("steps"), run.records[-1]["step"]), ",.0f"),
+        "tokens": _number(_first(summary.get("tokens"), run.last("tokens")), ",.0f"),
+        "final loss": _number(_first(summary.get("final_loss"), summary.get("loss"), run.last("loss")), ".4f"),
+        "valid loss": _number(valid_loss, ".4f"),
+        "bits/byte": _number(bits, ".3f"),
+        "tokens/s": _number(_first(summary.get("tokens_per_second"), run.typical("tokens_per_second")), ",.0f"),
+        "MFU": _percent(_first(summary.get("mfu"), run.typical("mfu"))),
+        "memory": _number(run.last("memory_gb"), ".2f", " GiB"),
+        "time": _duration(_first(summary.get("seconds"), run.last("seconds"))),
+    }
+    return row
+
+
+def _provenance(run: Run, report_folder: Path) -> str:
+    """Hardware, versions, data and configuration: what someone needs to get the same numbers again."""
+    summary, hardware, versions = run.summary, run.summary.get("hardware"), run.summary.get("versions")
+    facts = {
+        "hardware": summarise_hardware(hardware) if isinstance(hardware, dict) else hardware,
+        "MFU is a fraction of": summary.get("mfu_peak"),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if v) if isinstance(versions, dict) else versions,
+        "data fingerprint": _code(find_key(summary, "fingerprint") or find_key(run.config, "fingerprint")),
+        "commit": _code(summary.get("commit")),
+        "files": ", ".join(
+            f"[{name}]({(run.folder / name).relative_to(report_folder).as_posix()})"
+            for name in ("config.yaml", METRICS_FILE, "summary.json")
+            if (run.folder / name).exists()
+        ),
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
+
+
+# --- a folder of several stages --------------------------------------------------------------------------------------
+
+
+def build_quickstart_report(folder: Path) -> Path:
+    """Write one `report.md` for a folder whose sub-folders are stage runs: a stage table and the curves side by side.
+
+    `folder/summary.json` may hold `stages` (a list of rows: stage, loss, bits_per_byte, heldout_accuracy,
+    tokens_per_second, seconds), `heldout` (a task's name → its accuracy, or its fields) and `samples`; without it the
+    rows come from the stage runs.
+    """
+    folder = Path(folder)
+    runs = [read_run(stage_folder) for stage_folder in _stage_folders(folder)]
+    summary = _read_json(folder / "summary.json")
+    if not runs and not summary:
+        raise UserError(f"{folder} holds neither stage runs nor a summary.json; give the folder that quickstart wrote")
+    parts = [f"# {folder.resolve().name}: from raw text to a model that chats"]
+    if runs:
+        curves_png = plot_stages([run.curve() for run in runs], folder / PLOT_FOLDER / "curves.png")
+        parts.append(_image("Loss of each stage", curves_png, folder))
+    stages = summary.get("stages")
+    parts.append(markdown_table([stage_row(stage) for stage in stages] if stages else [run_row(run) for run in runs]))
+    parts.append(_heldout_section(summary.get("heldout")))
+    parts.append(_samples_section(summary.get("samples")))
+    parts.extend(_stage_section(run, folder) for run in runs)
+    return _write_report(folder, parts)
+
+
+def _stage_folders(folder: Path) -> list[Path]:
+    """Sub-folders that are runs, in the order of the road: pretrain, sft, …"""
+    found = [path.parent for path in folder.glob(f"*/{METRICS_FILE}") if read_metrics(path)]
+
+    def position(path: Path) -> tuple[int, str]:
+        stage = next((stage for stage in STAGE_ORDER if stage in path.name), None)
+        return (STAGE_ORDER.index(stage) if stage else len(STAGE_ORDER), path.name)
+
+    return sorted(found, key=position)
+
+
+def stage_row(stage: Mapping[str, Any]) -> dict[str, str]:
+    """One entry of the quickstart's `stages` as a table row."""
+    return {
+        "stage": str(stage.get("stage", "")),
+        "loss": _number(stage.get("loss"), ".4f"),
+        "bits/byte": _number(stage.get("bits_per_byte"), ".3f"),
+        "held-out accuracy": _percent(stage.get("heldout_accuracy")),
+        "tokens/s": _number(stage.get("tokens_per_second"), ",.0f"),
+        "time": _duration(stage.get("seconds")),
+    }
+
+
+def _stage_section(run: Run, folder: Path) -> str:
+    details_png = plot_details(run.curve(), folder / PLOT_FOLDER / f"{run.folder.name}.png")
+    parts = [
+        f"## {run.stage}",
+        "\n".join(f"- {sentence}" for sentence in [_status_sentence(run), *_judgements(run)]),
+        _image(f"{run.stage}: learning rate, gradient norm, speed", details_png, folder) if details_png else "",
+        _provenance(run, folder),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _heldout_section(heldout: Any) -> str:
+    """Accuracies on what was never trained on, one row a task."""
+    if not isinstance(heldout, Mapping) or not heldout:
+        return ""
+    rows = []
+    for task, result in heldout.items():
+        fields = result if isinstance(result, Mapping) else {"accuracy": result}
+        rows.append({"task": str(task), **{key.replace("_", " "): _field(key, value) for key, value in fields.items()}})
+    return "## Held-out questions\n\n" + markdown_table(rows)
+
+
+def _field(key: str, value: Any) -> str:
+    """A field of a held-out result: fractions as per cent, counts as they are, intervals as two of them."""
+    if isinstance(value, list | tuple):
+        return " to ".join(_field(key, each) for each in value)
+    if isinstance(value, float) and 0.0 <= value <= 1.0:
+        return _percent(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table of the rows' cells; columns that are empty in every row are left out."""
+    columns = [
+        column for column in dict.fromkeys(key for row in rows for key in row) if any(r.get(column) for r in rows)
+    ]
+    if not columns:
+        return ""
+    lines = [columns, ["---" if index == 0 else "---:" for index in range(len(columns))]]
+    lines += [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _samples_section(samples: Any) -> str:
+    """Prompts and answers as they came. What a model wrote is never taken for Markdown: it stands in code fences."""
+    if not isinstance(samples, list) or not samples:
+        return ""
+    return "\n\n".join(["## Samples", *(_sample(sample) for sample in samples)])
+
+
+def _sample(sample: Any) -> str:
+    if not isinstance(sample, Mapping):
+        return fence(str(sample))
+    parts = []
+    for key, value in sample.items():
+        text = "\n".join(_message(each) for each in value) if isinstance(value, list) else str(value)
+        parts.append(f"**{str(key).replace('_', ' ')}**\n\n{fence(text)}")
+    return "\n\n".join(parts) + "\n\n---"
+
+
+def _message(message: Any) -> str:
+    if isinstance(message, Mapping):
+        return f"{message.get('role', '')}: {message.get('content', '')}"
+    return str(message)
+
+
+def fence(text: str) -> str:
+    """`text` in a code fence that is longer than any run of backticks in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    marks = "`" * max(3, longest + 1)
+    return f"{marks}text\n{text}\n{marks}"
+
+
+def _image(title: str, path: Path, folder: Path) -> str:
+    return f"![{title}]({path.relative_to(folder).as_posix()})"
+
+
+def _write_report(folder: Path, parts: Iterable[str]) -> Path:
+    path = folder / REPORT_FILE
+    temporary = path.with_name(REPORT_FILE + ".tmp")
+    temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is known."""
+    return next((value for value in values if value is not None), None)
+
+
+def _number(value: Any, spec: str, unit: str = "") -> str:
+    return f"{value:{spec}}{unit}" if isinstance(value, int | float) else ""
+
+
+def _percent(value: Any) -> str:
+    return _number(100 * value, ".1f", " %") if isinstance(value, int | float) else ""
+
+
+def _duration(seconds: Any) -> str:
+    return format_duration(seconds) if isinstance(seconds, int | float) else ""
+
+
+def _code(value: Any) -> str | None:
+    return f"`{value}`" if value else None
