@@ -29,6 +29,7 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+ROPE_TYPES = ("default", "linear", "llama3")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 END_OF_TEXT = "<|endoftext|>"
 
@@ -42,7 +43,9 @@ def config_to_hf(config: MiniGPTConfig, *, dtype: torch.dtype = torch.float32) -
     `rope_theta` stands twice: transformers 5 reads `rope_parameters`, 4.x and most engines read the top level and
     silently take 10,000 when it is absent.
     """
-    architecture = "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
+    # Llama with biases on q, k and v is Qwen2; Llama's own attention_bias puts one on the output projection as well
+    architecture = "Qwen2ForCausalLM" if config.attention_bias else "LlamaForCausalLM"
+    architecture = "Qwen3ForCausalLM" if config.qk_norm else architecture
     dtype_name = str(dtype).removeprefix("torch.")
     raw: dict[str, Any] = {
         "architectures": [architecture],
@@ -70,7 +73,7 @@ def config_to_hf(config: MiniGPTConfig, *, dtype: torch.dtype = torch.float32) -
     }
     if config.rope_scaling:
         raw["rope_scaling"] = dict(config.rope_scaling)  # 4.x reads the scaling here
-    if not config.qk_norm:
+    if architecture == "LlamaForCausalLM":
         raw |= {"mlp_bias": False, "pretraining_tp": 1}
     else:
         raw |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_hidden_layers}
@@ -108,7 +111,7 @@ def config_from_hf(raw: Mapping[str, Any], source: str | Path = "config.json") -
             qk_norm=model_type == "qwen3",
             attention_bias=model_type == "qwen2" or bool(raw.get("attention_bias", False)),
             rope_theta=_rope_theta(raw),
-            rope_scaling=_rope_scaling(raw),
+            rope_scaling=_rope_scaling(raw, source),
         )
     except KeyError as error:
         raise ValueError(
@@ -153,7 +156,7 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
     return float(parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
 
 
-def _rope_scaling(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(raw: Mapping[str, Any], source: str | Path) -> dict[str, Any] | None:
     """The scaling of the rotary frequencies (`rope_type` and its numbers), None for the default kind."""
     scaling = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     rope_type = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
@@ -161,7 +164,9 @@ def _rope_scaling(raw: Mapping[str, Any]) -> dict[str, Any] | None:
         scaling.pop(key, None)
     if rope_type == "default":
         return None
-    if rope_type in ("llama3", "yarn"):
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"{source}: rope_type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    if rope_type == "llama3":
         scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
     return {"rope_type": rope_type, **scaling}
 
@@ -198,9 +203,7 @@ def save_hf_folder(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _storable(
-        model.state_dict() if state_dict is None else state_dict, model.config.tie_word_embeddings, dtype
-    )
+    tensors = _storable(model.state_dict() if state_dict is None else state_dict, model.config, dtype)
     stored_dtype = tensors["model.embed_tokens.weight"].dtype
     config = config_to_hf(model.config, dtype=stored_dtype)
     generation: dict[str, Any] = {}
@@ -224,14 +227,20 @@ def save_hf_folder(
     return folder
 
 
-def _storable(tensors: Mapping[str, torch.Tensor], tied: bool, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def _storable(
+    tensors: Mapping[str, torch.Tensor], config: MiniGPTConfig, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
     """Contiguous CPU tensors in the wanted dtype, the tied head once."""
     stored = {}
     for name, tensor in tensors.items():
-        if tied and name == "lm_head.weight":
+        if config.tie_word_embeddings and name == "lm_head.weight":
             continue
         tensor = tensor.detach()
         stored[name] = tensor.to(device="cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
+    if config.attention_bias and config.qk_norm:  # the stock Qwen3 class has one bias that we do not: zero
+        for layer in range(config.num_hidden_layers):
+            bias = torch.zeros(config.hidden_size, dtype=stored["model.embed_tokens.weight"].dtype)
+            stored[f"model.layers.{layer}.self_attn.o_proj.bias"] = bias
     return stored
 
 
@@ -413,10 +422,10 @@ def _fit(config: MiniGPTConfig, tensors: dict[str, torch.Tensor], folder: Path) 
     # buffers that old transformers stored, recomputed from the config
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
     _resolve_tied_head(config, tensors, expected, folder)
-    if config.attention_bias and not config.qk_norm:
-        for name in expected:  # Qwen2 has no bias on the output projection: zero is the same arithmetic
-            if name.endswith("self_attn.o_proj.bias") and name.replace("o_proj", "q_proj") in tensors:
-                tensors.setdefault(name, torch.zeros(expected[name], dtype=tensors["model.embed_tokens.weight"].dtype))
+    for name in [name for name in tensors if name.endswith("self_attn.o_proj.bias")]:
+        if tensors[name].any():
+            raise ValueError(f"{folder}: {name} is not zero and MiniGPT has no such bias; choose another checkpoint")
+        del tensors[name]
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys())
     if missing or unexpected:

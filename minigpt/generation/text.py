@@ -1,0 +1,83 @@
+"""From a stream of token ids to a stream of text: no half characters, and stop strings found and cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"
+Decode = Callable[[Sequence[int]], str]
+
+
+class TextStream:
+    """Decodes ids as they come, holding back the bytes of a character that is not complete yet.
+
+    With a byte-level vocabulary one Chinese character or emoji may arrive in up to four tokens. Decoding an incomplete
+    character gives one U+FFFD at the end, so that one waits for the next token; bytes that are no UTF-8 at all come out
+    as U+FFFD, as they do when the whole sequence is decoded at once.
+
+    Args:
+        decode: ids → text, for example `ChatEncoder.decode`; decoding parts and joining them must give the whole.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._pending: list[int] = []  # ids since the last character boundary
+        self._shown = 0  # characters of the pending ids' text that were given out
+
+    def push(self, token_id: int) -> str:
+        """Takes one id, returns the text that is certain now (often "")."""
+        self._pending.append(token_id)
+        text = self._decode(self._pending)
+        complete = not text.endswith(REPLACEMENT)
+        certain = text if complete else text[:-1]
+        new = certain[self._shown :]
+        self._shown = len(certain)
+        if complete:
+            self._pending, self._shown = [], 0
+        return new
+
+    def flush(self) -> str:
+        """Returns what is left at the end, an incomplete character as U+FFFD."""
+        text = self._decode(self._pending)[self._shown :] if self._pending else ""
+        self._pending, self._shown = [], 0
+        return text
+
+
+class StopStrings:
+    """Cuts a stream of text at the first stop string, holding back what may be the beginning of one.
+
+    Args:
+        stop: the strings; () lets everything pass.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """Takes more text, returns what may be shown; after `found` is set always ""."""
+        if self.found is not None:
+            return ""
+        self._held += text
+        hits = [(self._held.find(s), s) for s in self._stop if s in self._held]
+        if hits:
+            position, self.found = min(hits)
+            shown, self._held = self._held[:position], ""
+            return shown
+        keep = max((self._overlap(s) for s in self._stop), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def flush(self) -> str:
+        """Returns what was held back, at the end of the stream."""
+        text, self._held = self._held, ""
+        return text
+
+    def _overlap(self, stop: str) -> int:
+        """The length of the longest end of the held text that `stop` begins with."""
+        for length in range(min(len(stop) - 1, len(self._held)), 0, -1):
+            if self._held.endswith(stop[:length]):
+                return length
+        return 0
