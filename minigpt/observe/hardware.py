@@ -69,7 +69,7 @@ class Probe:
     Args:
         kind: `fp32` (no bf16 units), `cpu-bf16` or `gpu`.
         device: `cpu` or `cuda`.
-        dtype: The compute type to train in, `float32` or `bfloat16`.
+        dtype: The precision to train in, `fp32` or `bf16`, as `--dtype` takes it.
         matmul_flops: Rate of a matrix product of that type, FLOP/s.
         threads: CPU threads that torch computes with.
         memory_gb: Memory of the device, GiB.
@@ -287,12 +287,12 @@ def probe_machine(seconds: float = 1.0) -> Probe:
     threads = torch.get_num_threads()
     if torch.cuda.is_available():
         memory_gb = torch.cuda.get_device_properties(0).total_memory / 2**30
-        dtype = torch.bfloat16 if torch.cuda.get_device_capability(0)[0] >= 8 else torch.float32
-        rate = measure_matmul_rate(dtype, "cuda", seconds)
-        return Probe("gpu", "cuda", str(dtype).removeprefix("torch."), rate, threads, memory_gb)
+        bf16 = torch.cuda.get_device_capability(0)[0] >= 8
+        rate = measure_matmul_rate(torch.bfloat16 if bf16 else torch.float32, "cuda", seconds)
+        return Probe("gpu", "cuda", "bf16" if bf16 else "fp32", rate, threads, memory_gb)
     memory_gb = memory_bytes() / 2**30
     fp32_rate = measure_matmul_rate(torch.float32, "cpu", seconds / 2)
     bf16_rate = measure_matmul_rate(torch.bfloat16, "cpu", seconds / 2)
     if bf16_rate > BF16_UNITS_SPEEDUP * fp32_rate:
-        return Probe("cpu-bf16", "cpu", "bfloat16", bf16_rate, threads, memory_gb)
-    return Probe("fp32", "cpu", "float32", fp32_rate, threads, memory_gb)
+        return Probe("cpu-bf16", "cpu", "bf16", bf16_rate, threads, memory_gb)
+    return Probe("fp32", "cpu", "fp32", fp32_rate, threads, memory_gb)

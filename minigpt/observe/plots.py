@@ -189,8 +189,10 @@ def _draw_loss(axis: Axes, curve: Curve, compare: Sequence[Curve]) -> None:
 
 
 def _draw_smoothed(axis: Axes, x: np.ndarray, losses: np.ndarray, colour: str, label: str) -> None:
-    if x.size:
-        axis.plot(x, smooth(x, losses, np.maximum(x, 1.0)), color=colour, label=label)
+    if not x.size:
+        return
+    at = np.unique(np.linspace(max(x[0], 1.0), max(x[-1], 1.0), 400))
+    axis.plot(at, smooth(x, losses, at), color=colour, label=label)
 
 
 def _starts_from_nothing(curve: Curve) -> bool:

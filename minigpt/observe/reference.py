@@ -69,14 +69,25 @@ def loss_curve(
 
 
 def smooth(tokens: np.ndarray, losses: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Losses smoothed at the points `at`: a mean weighted by a Gaussian in log(tokens); NaNs are left out. [len(at)]"""
+    """Losses smoothed at the points `at`: a mean weighted by a Gaussian in log(tokens). [len(at)]
+
+    `tokens` increase; records that are not finite are left out. Where none is near, the nearest counts.
+    """
     finite = np.isfinite(losses) & (tokens > 0)
     if not finite.any():
         return np.full(len(at), np.nan)
-    log_tokens, log_at = np.log(tokens[finite]), np.log(at)
-    exponents = -0.5 * ((log_at[:, None] - log_tokens[None, :]) / SMOOTHING_WIDTH) ** 2
-    weights = np.exp(exponents - exponents.max(axis=1, keepdims=True))  # the nearest record always counts
-    return weights @ losses[finite] / weights.sum(axis=1)
+    log_tokens, values = np.log(tokens[finite]), losses[finite]
+    return np.array([_smooth_at(log_tokens, values, math.log(point)) for point in at])
+
+
+def _smooth_at(log_tokens: np.ndarray, values: np.ndarray, log_point: float) -> float:
+    """The Gaussian mean around one point, over the records within four widths of it: long runs have 100,000."""
+    reach = 4 * SMOOTHING_WIDTH
+    start, stop = np.searchsorted(log_tokens, (log_point - reach, log_point + reach))
+    if start == stop:
+        return float(values[np.abs(log_tokens - log_point).argmin()])
+    weights = np.exp(-0.5 * ((log_tokens[start:stop] - log_point) / SMOOTHING_WIDTH) ** 2)
+    return float(weights @ values[start:stop] / weights.sum())
 
 
 def make_band(runs: Sequence[Path], *, recipe: str, margin: float = 0.1, points: int = 40) -> Band:
