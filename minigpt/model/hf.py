@@ -200,6 +200,7 @@ def save_hf_folder(
     Raises:
         ValueError: when the tokenizer has ids that the model has no row for.
         FileNotFoundError: when the tokenizer's files are missing.
+        OSError: when the disk is full; the folder is as it was.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +218,12 @@ def save_hf_folder(
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
         staging = Path(name)
-        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(
+                f"{folder / WEIGHTS}: cannot be written ({error}); make room or choose another folder"
+            ) from None
         _write_json(staging / "generation_config.json", generation)
         for file in TOKENIZER_FILES if tokenizer_folder is not None else ():
             if (Path(tokenizer_folder or "") / file).exists():
