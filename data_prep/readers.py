@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.records import RecordError, canonical, guess_stage, texts_of
+from minigpt.dataset.records import RecordError, canonical, guess_stage, texts_of
 from minigpt.errors import UserError
 
 SUFFIXES = {
