@@ -6,6 +6,7 @@ script without (Chinese, Japanese, Thai …). Word counts alone see a Chinese pa
 
 from __future__ import annotations
 
+import io
 import re
 import unicodedata
 import zlib
@@ -164,7 +165,7 @@ class ContaminationIndex:
     """The n-grams of evaluation items. A training document that holds one of them has seen the exam.
 
     Items shorter than `n` units count as one n-gram of their own length; below 8 units they are left out
-    (`skipped`). `save` and `load` move the index between processes as a NumPy file.
+    (`skipped`). `dump` and `load` move the index between processes as a NumPy file.
     """
 
     def __init__(self, n: int = 13) -> None:
@@ -196,11 +197,15 @@ class ContaminationIndex:
                 return True
         return False
 
-    def save(self, path: Path) -> None:
-        np.savez(path, **{str(length): hashes for length, hashes in self.hashes.items()})  # type: ignore[arg-type]
+    def dump(self) -> memoryview:
+        """The index as the content of a NumPy file."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **{str(length): hashes for length, hashes in self.hashes.items()})  # type: ignore[arg-type]
+        return buffer.getbuffer()
 
     @classmethod
     def load(cls, path: Path) -> ContaminationIndex:
+        """Read what `dump` gave."""
         index = cls()
         with np.load(path) as stored:
             index.hashes = {int(length): stored[length] for length in stored.files}

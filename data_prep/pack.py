@@ -28,8 +28,8 @@ import numpy as np
 
 from data_prep.clean import SCRIPTS, ContaminationIndex, Filters, near_duplicates
 from data_prep.plan import Rows, choose_valid, first_occurrences, one_row_each, pack_whole, pack_with_splits
-from data_prep.readers import list_files, split_into_chunks
-from data_prep.spill import MAX_EXAMPLES, Job, RecordError, load_job, spill_path, tokenize_chunk
+from data_prep.readers import list_files, read_texts, split_into_chunks
+from data_prep.spill import MAX_EXAMPLES, Job, load_job, npy_bytes, spill_path, tokenize_chunk
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import (
     DEFAULT_WEIGHT_TABLE,
@@ -40,6 +40,7 @@ from minigpt.dataset.shards import (
     TOKENIZER_FILES,
     VERSION,
     WEIGHTED_STAGES,
+    NoSpaceError,
     Ragged,
     ShardFormat,
     ShardWriter,
@@ -55,7 +56,15 @@ from minigpt.errors import UserError
 WORK = ".packing"
 CHUNK_BYTES = 4 << 20
 SPLITS = ("train", "valid")
+TOKENIZER_COPIES = (*TOKENIZER_FILES, "chat_template.jinja")
 Progress = Callable[[str, int, int], None]  # (what is done, how many are finished, how many there are)
+
+
+class WorkerDiedError(UserError):
+    """A worker process was killed from outside."""
+
+
+RESUMABLE = (NoSpaceError, WorkerDiedError)  # the same command can go on with what is finished
 
 
 @dataclass
@@ -127,8 +136,11 @@ def pack(options: PackOptions, progress: Progress | None = None) -> dict[str, An
         try:
             _prepare(work, job, options)
             manifest = _Packer(output, work, options, job, progress or (lambda *_: None)).run()
-        except RecordError:
-            _remove(output if created else work)  # the input must change, so nothing here can be used again
+        except RESUMABLE:
+            raise
+        except UserError:  # input or options must change, so nothing that was made can be used again
+            _clear(output)
+            _remove(output if created else work)
             raise
     shutil.rmtree(work)
     return manifest
@@ -188,7 +200,6 @@ def _make_job(options: PackOptions) -> Job:
     files = list_files(options.input)
     stats = [(path, path.stat()) for path in files]
     exams = [(path, path.stat()) for path in list_files(options.decontaminate)] if options.decontaminate else []
-    tokenizer = _tokenizer_folder(options)
     return Job(
         stage=options.stage,
         seq_len=options.seq_len,
@@ -203,11 +214,12 @@ def _make_job(options: PackOptions) -> Job:
         ),
         minhash=options.minhash is not None,
         contamination=bool(exams),
-        tokenizer=str(tokenizer.resolve()),
+        tokenizer=str(Path(options.output).resolve()),
         chunks=tuple(chunk for path in files for chunk in split_into_chunks(path, CHUNK_BYTES)),
         inputs=tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in [*stats, *exams]),
         plan_options={
-            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "tokenizer_hash": tokenizer_hash(_tokenizer_folder(options)),
+            "template_hash": _template_hash(_tokenizer_folder(options)),
             "valid_fraction": options.valid_fraction,
             "seed": options.seed,
             "shard_mb": options.shard_mb,
@@ -248,7 +260,8 @@ def _existing(output: Path, options: PackOptions, job: Job) -> dict[str, Any] | 
 def _same_dataset(manifest: dict[str, Any], options: PackOptions, job: Job) -> bool:
     if manifest["options"] != _recorded_options(options) or manifest["stage"] != options.stage:
         return False
-    if manifest["tokenizer"]["hash"] != job.plan_options["tokenizer_hash"]:
+    expected = (job.plan_options["tokenizer_hash"], job.plan_options["template_hash"])
+    if (manifest["tokenizer"]["hash"], manifest["tokenizer"]["template_hash"]) != expected:
         return False
     return manifest["inputs"] == _describe_files(list_files(options.input))
 
@@ -287,14 +300,17 @@ def _prepare(work: Path, job: Job, options: PackOptions) -> None:
     for folder in ("spill", "plan", "shards"):
         _remove(work / folder)
         (work / folder).mkdir()
+    for name in TOKENIZER_COPIES:
+        if (source := _tokenizer_folder(options) / name).exists():
+            write_atomically(work.parent / name, source.read_bytes())
     if job.contamination:
-        index = ContaminationIndex.build(_strings(list_files(options.decontaminate)), options.decontaminate_ngram)
-        index.save(work / "contamination.npz")
+        index = ContaminationIndex.build(read_texts(options.decontaminate), options.decontaminate_ngram)
+        write_atomically(work / "contamination.npz", index.dump())
     write_atomically(path, description)
 
 
 def _clear(output: Path) -> None:
-    for name in (*SPLITS, *TOKENIZER_FILES):
+    for name in (*SPLITS, *TOKENIZER_COPIES):
         _remove(output / name)
 
 
@@ -303,31 +319,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _strings(files: Sequence[Path]) -> Iterator[str]:
-    """Every string in evaluation files, whatever their keys are called."""
-    for path in files:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            yield from _nested_strings(parquet.read_table(path).to_pylist())
-            continue
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            yield from _nested_strings([json.loads(line) for line in text.splitlines() if line.strip()])
-        elif path.suffix == ".json":
-            yield from _nested_strings(json.loads(text))
-        else:
-            yield from text.split("\n\n")
-
-
-def _nested_strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _nested_strings(item)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +337,6 @@ class _Packer:
         self.digest = file_sha256(work / "job.json")
 
     def run(self) -> dict[str, Any]:
-        tokenizer_files = self._copy_tokenizer()
         with _tasks(min(self.options.workers, len(self.job.chunks)), self.options.ray) as run:
             chunks = [(self.work, self.digest, index) for index in range(len(self.job.chunks))]
             for done, _ in enumerate(run(tokenize_chunk, chunks), 1):
@@ -362,18 +352,7 @@ class _Packer:
                 written[split].append(info)
                 self.progress("write shards", done, len(shards))
             digests = [digest for digest in run(file_sha256, [(path,) for path in list_files(self.options.input)])]
-        return write_manifest(self.output, self._manifest(summary, written, digests, tokenizer_files))
-
-    def _copy_tokenizer(self) -> dict[str, str]:
-        """Copy the tokenizer beside the shards; SHA-256 of each file."""
-        copied = {}
-        for name in (*TOKENIZER_FILES, "chat_template.jinja"):
-            source = Path(self.job.tokenizer) / name
-            if source.exists():
-                data = source.read_bytes()
-                write_atomically(self.output / name, data)
-                copied[name] = hashlib.sha256(data).hexdigest()
-        return copied
+        return write_manifest(self.output, self._manifest(summary, written, digests))
 
     def _plan(self) -> dict[str, Any]:
         path = self.work / "plan" / "summary.json"
@@ -389,7 +368,6 @@ class _Packer:
         summary: dict[str, Any],
         shards: dict[str, list[dict[str, Any]]],
         digests: list[str],
-        tokenizer_files: dict[str, str],
     ) -> dict[str, Any]:
         stage, files = self.job.stage, list_files(self.options.input)
         splits = {
@@ -406,8 +384,10 @@ class _Packer:
             "weight_table": list(DEFAULT_WEIGHT_TABLE) if stage in (*WEIGHTED_STAGES, "preference") else None,
             "tokenizer": {
                 "hash": self.job.plan_options["tokenizer_hash"],
-                "template_hash": _template_hash(self.output),
-                "files": tokenizer_files,
+                "template_hash": self.job.plan_options["template_hash"],
+                "files": {
+                    name: file_sha256(self.output / name) for name in TOKENIZER_COPIES if (self.output / name).exists()
+                },
             },
             "options": _recorded_options(self.options),
             "inputs": [
@@ -442,7 +422,7 @@ def _tasks(workers: int, ray: bool) -> Iterator[Callable[[Callable, list[tuple]]
             try:
                 yield lambda function, arguments: (f.result() for f in [pool.submit(function, *a) for a in arguments])
             except BrokenProcessPool as error:
-                raise UserError(
+                raise WorkerDiedError(
                     "A worker process died, most likely for lack of memory: run the same command with fewer "
                     "--workers, finished parts are kept."
                 ) from error
@@ -506,7 +486,7 @@ class _Plan:
         kept = self._kept()
         if len(kept) == 0:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.dropped.items())) or "none read"
-            raise RecordError(f"No document is left to pack ({reasons}): loosen the filters or name other input.")
+            raise UserError(f"No document is left to pack ({reasons}): loosen the filters or name other input.")
         options = self.job.plan_options
         valid = choose_valid(self.digest[kept], options["valid_fraction"], options["seed"])
         splits = {split: self._make_split(split, kept[valid == (split == "valid")]) for split in SPLITS}
@@ -553,7 +533,7 @@ class _Plan:
             if self.text is not None:
                 arrays["text"] = self.text[pieces]
         for name, array in arrays.items():
-            np.save(self.work / "plan" / f"{split}.{name}.npy", array)
+            write_atomically(self.work / "plan" / f"{split}.{name}.npy", npy_bytes(array))
         tokens = int(rows.length.sum())
         summary = {
             "rows": len(rows),

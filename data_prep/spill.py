@@ -31,10 +31,6 @@ BATCH_CHARS = 1 << 18  # characters in one call of the tokenizer: its results ar
 MAX_EXAMPLES = 20
 
 
-class RecordError(UserError):
-    """A record of the input cannot be used and `on_bad_record` is "error"."""
-
-
 @dataclass(frozen=True)
 class Job:
     """What the workers need to know; stored as `job.json` in the work folder.
@@ -47,7 +43,7 @@ class Job:
         filters: limits on the text.
         minhash: whether near-duplicates are looked for.
         contamination: whether `contamination.npz` lies in the work folder.
-        tokenizer: folder of the tokenizer.
+        tokenizer: folder of the tokenizer: the output, so that it cannot change while the job runs.
         chunks: all chunks of the input, in order.
         inputs: (name, size, mtime in ns) of each input file; makes a changed input another job.
         plan_options: the options that only the plan uses.
@@ -94,7 +90,7 @@ class Tally:
 
 
 def tokenize_chunk(work: Path, job_digest: str, index: int) -> int:
-    """Make the spill of chunk `index`, unless it is there; returns the index. Errors: RecordError."""
+    """Make the spill of chunk `index`, unless it is there; returns the index. Errors: UserError for a bad record."""
     if not spill_path(work, index, "meta.npz").exists():
         with single_threaded_tokenizers():
             _Chunk(_worker(Path(work), job_digest), index).run()
@@ -195,7 +191,7 @@ class _Chunk:
 
     def _reject(self, line: int, reason: str) -> None:
         if self.job.on_bad_record == "error":
-            raise RecordError(
+            raise UserError(
                 f"{self.chunk.path}:{line}: {reason}; mend the record, or leave such records out with "
                 "--on_bad_record skip."
             )
@@ -233,7 +229,7 @@ class _Chunk:
         if texts:
             write["text.npy"] = np.frombuffer(b"".join(texts), dtype=np.uint8)
         for suffix, array in write.items():
-            write_atomically(self._path(suffix), _npy(array))
+            write_atomically(self._path(suffix), npy_bytes(array))
         n_parts = 3 if self.job.stage == "preference" else 1
         meta = {
             "line": np.array([d.line for d in self.done], dtype=np.int64),
@@ -257,7 +253,8 @@ def _joined(arrays: list[Any], dtype: np.dtype) -> np.ndarray:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
 
 
-def _npy(array: np.ndarray) -> memoryview:
+def npy_bytes(array: np.ndarray) -> memoryview:
+    """What `np.save` would write."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getbuffer()

@@ -50,10 +50,14 @@ NO_DOCUMENT = -1
 # Files
 
 
+class NoSpaceError(UserError):
+    """The disk, the quota or the file size limit is full."""
+
+
 def write_atomically(path: Path, data: bytes | memoryview | pa.Buffer) -> None:
     """Write `data` to `path` so that the file is either absent (or as it was) or complete, also after a power cut.
 
-    Errors: UserError when the disk, the quota or the file size limit is full; other OSErrors pass through.
+    Errors: NoSpaceError; other OSErrors pass through.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -65,7 +69,7 @@ def write_atomically(path: Path, data: bytes | memoryview | pa.Buffer) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
+            raise NoSpaceError(
                 f"No space to write {path} ({len(data):,} bytes: {error.strerror}): free some space and run the same "
                 "command again, finished parts are kept."
             ) from error
@@ -258,11 +262,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
         manifest = json.loads(raw)
         checksum = manifest.pop("checksum")
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{path} is damaged or was edited: pack the dataset again.") from None
+        raise UserError(f"{path} is damaged or was edited: pack the dataset again with --overwrite.") from None
     intact = hashlib.sha256(_manifest_bytes(manifest)).hexdigest() == checksum
     manifest["checksum"] = checksum
     if not intact or _manifest_bytes(manifest) != raw:
-        raise UserError(f"{path} is damaged or was edited: pack the dataset again.")
+        raise UserError(f"{path} is damaged or was edited: pack the dataset again with --overwrite.")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         found = f"{manifest.get('format')} v{manifest.get('version')}"
         raise UserError(f"{path} says {found}, this version reads {FORMAT} v{VERSION}: pack the dataset again.")
@@ -313,7 +317,7 @@ class _VerifiedFiles:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(self.entries).encode())
-        except (OSError, UserError):
+        except (OSError, NoSpaceError):
             return  # a cache that cannot be written only costs time
 
 
@@ -487,7 +491,7 @@ class PackedDataset:
         columns = self._columns[shard]
         if columns is None:
             self._checker.require(shard)
-            columns = self._columns[shard] = _map_columns(self._checker.paths[shard], self.seq_len)
+            columns = self._columns[shard] = map_columns(self._checker.paths[shard], self.seq_len)
         return columns, index - int(self._first_rows[shard])
 
 
@@ -500,7 +504,12 @@ def _check_size(path: Path, size: int) -> None:
         raise UserError(f"{path} is damaged ({found:,} bytes instead of {size:,}): restore it or pack again.")
 
 
-def _map_columns(path: Path, seq_len: int) -> dict[str, Any]:
+def shard_schema(path: Path) -> pa.Schema:
+    """The Arrow schema of a checked shard."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).schema
+
+
+def map_columns(path: Path, seq_len: int) -> dict[str, Any]:
     """The columns of a checked shard: [rows, seq_len] arrays, `Ragged`, or Arrow strings; nothing is copied."""
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     columns: dict[str, Any] = {}
