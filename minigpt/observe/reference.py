@@ -21,8 +21,9 @@ from minigpt.observe.metrics import read_metrics
 
 REFERENCE_DIR = Path(__file__).parent / "reference"
 # Losses fall fast at first and slowly later, so both grid and smoothing are even in the logarithm of the tokens: at
-# every point the records within about ±10 % of the tokens are averaged.
+# every point the records within about ±10 % of the tokens count.
 SMOOTHING_WIDTH = 0.1
+WEIGHT_FLOOR = 1e-6  # so that a line between two far records is well defined
 OUTSIDE_ALLOWED = 0.05  # part of the points that may lie outside; the last must not
 
 
@@ -69,9 +70,10 @@ def loss_curve(
 
 
 def smooth(tokens: np.ndarray, losses: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Losses smoothed at the points `at`: a mean weighted by a Gaussian in log(tokens). [len(at)]
+    """Losses smoothed at the points `at`: a straight line in log(tokens), fitted around each point. [len(at)]
 
-    `tokens` increase; records that are not finite are left out. Where none is near, the nearest counts.
+    A local line, not a local mean: where the loss falls steeply, a mean depends on how often it was logged. `tokens`
+    increase; records that are not finite are left out.
     """
     finite = np.isfinite(losses) & (tokens > 0)
     if not finite.any():
@@ -81,13 +83,16 @@ def smooth(tokens: np.ndarray, losses: np.ndarray, at: np.ndarray) -> np.ndarray
 
 
 def _smooth_at(log_tokens: np.ndarray, values: np.ndarray, log_point: float) -> float:
-    """The Gaussian mean around one point, over the records within four widths of it: long runs have 100,000."""
+    """Weighted least squares over the records within four widths and the next on either side, taken at the point."""
     reach = 4 * SMOOTHING_WIDTH
     start, stop = np.searchsorted(log_tokens, (log_point - reach, log_point + reach))
-    if start == stop:
-        return float(values[np.abs(log_tokens - log_point).argmin()])
-    weights = np.exp(-0.5 * ((log_tokens[start:stop] - log_point) / SMOOTHING_WIDTH) ** 2)
-    return float(weights @ values[start:stop] / weights.sum())
+    near = slice(max(start - 1, 0), stop + 1)
+    x, y = log_tokens[near] - log_point, values[near]
+    weights = np.exp(-0.5 * (x / SMOOTHING_WIDTH) ** 2) + WEIGHT_FLOOR
+    x_mean, y_mean = np.average(x, weights=weights), np.average(y, weights=weights)
+    spread = float(weights @ (x - x_mean) ** 2)
+    slope = float(weights @ ((x - x_mean) * (y - y_mean))) / spread if spread > 0 else 0.0
+    return float(y_mean - slope * x_mean)
 
 
 def make_band(runs: Sequence[Path], *, recipe: str, margin: float = 0.1, points: int = 40) -> Band:
