@@ -185,7 +185,8 @@ def _draw_loss(axis: Axes, curve: Curve, compare: Sequence[Curve]) -> None:
     axis.set_ylabel("loss (nats / token)")
     axis.set_title("Loss")
     _x_axis(axis, key)
-    axis.legend(loc="upper right", bbox_to_anchor=(1.0, 0.9))  # under the line at ln(vocab)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="upper right", bbox_to_anchor=(1.0, 0.9))  # under the line at ln(vocab)
 
 
 def _draw_smoothed(axis: Axes, x: np.ndarray, losses: np.ndarray, colour: str, label: str) -> None:
