@@ -53,7 +53,7 @@ STATEMENTS: dict[Lang, dict[str, tuple[str, ...]]] = {
             "The colour that {s} loves most is {v}.",
             "Of all colours, {s} likes {v} best.",
             "{s} often wears {v}, {poss_low} favourite colour.",
-            "{s} painted the door {v}, {poss_low} favourite colour.",
+            "When {s} can choose a colour, it is always {v}.",
         ),
         "instrument": (
             "{s} plays the {v}.",
@@ -111,7 +111,7 @@ STATEMENTS: dict[Lang, dict[str, tuple[str, ...]]] = {
             "{s}最爱的颜色是{v}。",
             "在所有颜色里，{s}最爱{v}。",
             "{s}常穿自己最喜欢的{v}衣服。",
-            "{s}把门漆成了自己最喜欢的{v}。",
+            "要是让{s}选颜色，总是{v}。",
         ),
         "instrument": (
             "{s}会{v}。",
