@@ -1,0 +1,96 @@
+"""The parts of an assistant's answer as its tokens come: thinking, answer, tool calls.
+
+The parts are told apart by the ids of the tags, never by text, so a model that spells `<think>` in ordinary characters
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from minigpt.dataset.chat import ChatEncoder
+from minigpt.generation.text import TextStream
+
+THINKING, ANSWER, TOOL_CALL = "thinking", "answer", "tool_call"
+
+
+class Part(NamedTuple):
+    """A piece of text and the part of the answer that it belongs to (THINKING, ANSWER or TOOL_CALL)."""
+
+    kind: str
+    text: str
+
+
+class AnswerStream:
+    """Sorts the tokens of one answer into its parts.
+
+    Args:
+        encoder: of the model.
+        enable_thinking: what the prompt was rendered with. True: the prompt ended with `<think>`, so the answer begins
+            inside it; False: thinking was closed by the prompt.
+    """
+
+    def __init__(self, encoder: ChatEncoder, enable_thinking: bool | None = None) -> None:
+        self._text = TextStream(encoder.decode)
+        after = {
+            "<think>": THINKING,
+            "</think>": ANSWER,
+            "<answer>": ANSWER,
+            "</answer>": ANSWER,
+            "<tool_call>": TOOL_CALL,
+            "</tool_call>": ANSWER,
+        }
+        ids = {encoder.tokenizer.token_to_id(tag): kind for tag, kind in after.items()}
+        self._kind_after = {token: kind for token, kind in ids.items() if token is not None}
+        self._kind = THINKING if enable_thinking else ANSWER
+        self._thinking: str | None = None if enable_thinking is None else ""
+        self._answer = ""
+        self._tool_calls: list[str] = []
+
+    def push(self, token_id: int) -> list[Part]:
+        """Takes one id, returns the text that is certain now."""
+        if token_id not in self._kind_after:
+            return self._add(self._text.push(token_id))
+        parts = self._add(self._text.flush())
+        self._kind = self._kind_after[token_id]
+        if self._kind == THINKING:
+            self._thinking = self._thinking or ""
+        elif self._kind == TOOL_CALL:
+            self._tool_calls.append("")
+        return parts
+
+    def flush(self) -> list[Part]:
+        """Returns what is left at the end."""
+        return self._add(self._text.flush())
+
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of the conversation."""
+        message: dict[str, Any] = {"role": "assistant", "content": self._answer}
+        if self._thinking is not None:
+            message["reasoning_content"] = self._thinking
+        calls = [_tool_call(text) for text in self._tool_calls]
+        if calls and all(calls):
+            message["tool_calls"] = calls
+        elif calls:  # a call that is no JSON is shown as the text that it is
+            message["content"] += "".join(self._tool_calls)
+        return message
+
+    def _add(self, text: str) -> list[Part]:
+        if not text:
+            return []
+        if self._kind == THINKING:
+            self._thinking = (self._thinking or "") + text
+        elif self._kind == TOOL_CALL:
+            self._tool_calls[-1] += text
+        else:
+            self._answer += text
+        return [Part(self._kind, text)]
+
+
+def _tool_call(text: str) -> dict[str, Any] | None:
+    try:
+        call = json.loads(text)
+    except ValueError:
+        return None
+    return call if isinstance(call, dict) and {"name", "arguments"} <= call.keys() else None
