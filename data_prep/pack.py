@@ -14,13 +14,14 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -352,6 +353,8 @@ class _Packer:
                 written[split].append(info)
                 self.progress("write shards", done, len(shards))
             digests = [digest for digest in run(file_sha256, [(path,) for path in list_files(self.options.input)])]
+        for leftover in [file for folder in (".", *SPLITS) for file in (self.output / folder).glob(".*.tmp")]:
+            leftover.unlink()  # half-written when an earlier run was killed
         return write_manifest(self.output, self._manifest(summary, written, digests))
 
     def _plan(self) -> dict[str, Any]:
@@ -418,7 +421,7 @@ def _tasks(workers: int, ray: bool) -> Iterator[Callable[[Callable, list[tuple]]
     elif workers <= 1:
         yield lambda function, arguments: (function(*each) for each in arguments)
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_die_with_parent) as pool:
             try:
                 yield lambda function, arguments: (f.result() for f in [pool.submit(function, *a) for a in arguments])
             except BrokenProcessPool as error:
@@ -428,6 +431,18 @@ def _tasks(workers: int, ray: bool) -> Iterator[Callable[[Callable, list[tuple]]
                 ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """A killed parent cannot stop its workers; each watches it instead."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_on_ray(function: Callable, arguments: list[tuple]) -> Iterator[Any]:
