@@ -1,0 +1,26 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real texts and data sets in `shared/data` beside the repository; they are not part of it, so tests that want
+    them are skipped without them. Whatever such a test proves is also proved on generated data."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shipped_tokenizer() -> Path:
+    """The folder of the tokenizer that MiniGPT ships."""
+    return REPOSITORY / "minigpt" / "model"
