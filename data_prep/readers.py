@@ -286,7 +286,7 @@ def _parse_line(path: str, number: int, line: bytes) -> Any:
     if b"\0" in line:
         return BadRecord(path, number, NUL_REASON)
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         return BadRecord(path, number, _not_utf8(error))
     except json.JSONDecodeError as error:

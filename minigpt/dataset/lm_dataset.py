@@ -63,7 +63,7 @@ def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
             file.seek(0)
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, json.loads(line)
+                    yield number, json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{number + error.lineno - 1}: broken JSON at column {error.colno}: {error.msg}"
