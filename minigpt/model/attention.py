@@ -16,6 +16,7 @@ Shapes: B rows, T queries, S keys, H query heads, G key/value heads (H a multipl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def packed_pattern(
         cu_seqlens: int32 boundaries when the caller already has them (fixed shape, for `torch.compile`); otherwise
             they are read off `document_ids_BT`, which waits for the device.
     """
-    B, T = document_ids_BT.shape
+    T = document_ids_BT.shape[1]
     backend = backend or choose_backend(document_ids_BT.device, T, dtype)
     if backend == "varlen":
         if cu_seqlens is None:
@@ -126,7 +127,7 @@ def _varlen(q_BHTD, k_BGSD, v_BGSD, pattern: AttentionPattern):
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest, causal = pattern.cu_seqlens, pattern.max_seqlen, (-1, 0)
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=causal, enable_gqa=H != k.shape[1])
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=causal, enable_gqa=k.shape[1] != H)
     else:
         out, _ = torch.ops.minigpt.document_attention(q, k, v, pattern.cu_seqlens)
     return out.view(B, T, H, D).transpose(1, 2)
@@ -138,7 +139,7 @@ def _varlen(q_BHTD, k_BGSD, v_BGSD, pattern: AttentionPattern):
 
 def _documents(cu_seqlens: torch.Tensor) -> list[slice]:
     edges = cu_seqlens.tolist()
-    return [slice(start, end) for start, end in zip(edges, edges[1:], strict=False) if end > start]
+    return [slice(start, end) for start, end in pairwise(edges) if end > start]
 
 
 def _heads_first(x_NHD: torch.Tensor, document: slice, groups: int = 1) -> torch.Tensor:

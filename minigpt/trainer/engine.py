@@ -1,0 +1,323 @@
+"""The one module that touches DeepSpeed: initialise, forward, backward, step, checkpoint, weights.
+
+The rest of the trainer sees an `Engine` and knows neither ZeRO stages nor process groups. What DeepSpeed leaves to its
+caller is settled here once:
+
+- the loss is a sum that the caller scales by the weight of the *global* batch, so gradients do not depend on micro-batch,
+  accumulation or world size (`managed_gradient_accumulation: false`);
+- its checkpoints are pickles: they are read with `weights_only=True` and a short list of allowed classes, and only after
+  the SHA-256 manifest of `checkpoint.py` was verified;
+- a step with a NaN or infinite loss or gradient anywhere is skipped by all ranks together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minigpt.errors import UserError
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its fellows.
+
+    Attributes:
+        rank: 0 … world_size - 1.
+        local_rank: The rank among the processes of this machine, which is the index of its GPU.
+        world_size: Processes in all.
+        device: Where this process computes.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def init_processes() -> Processes:
+    """Join the process group that the launcher describes in the environment; alone when there is no launcher."""
+    import deepspeed
+
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        # On CPUs DeepSpeed would compile a shared-memory operator at its first start (up to a minute of g++) that only
+        # its inference uses. Training communicates by gloo; so nothing is built, and no compiler is needed.
+        deepspeed.ops.__compatible_ops__ = {}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    return Processes(rank, local_rank, world_size, device)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did.
+
+    Attributes:
+        applied: False when a NaN or infinity made all ranks skip the step.
+        grad_norm: Global gradient norm before clipping.
+    """
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine:
+    """A module that computes a loss, its optimizer state, and how both are spread over the processes.
+
+    Args:
+        module: Called with a batch (keyword arguments), returns the *summed* loss as a scalar.
+        processes: From `init_processes`.
+        dtype: torch.bfloat16 (with float32 masters and accumulation) or torch.float32.
+        learning_rate: First learning rate; `step` sets it anew each time.
+        betas: Of AdamW.
+        weight_decay: Of AdamW, on matrices but not on embeddings, norms and biases.
+        grad_clip: Largest global gradient norm; 0: no clipping.
+        config: A DeepSpeed JSON file; None: ZeRO stage 1.
+        compile: Whether to `torch.compile` the module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        processes: Processes,
+        *,
+        dtype: torch.dtype,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        grad_clip: float = 1.0,
+        config: Path | None = None,
+        compile: bool = False,
+    ) -> None:
+        import deepspeed
+
+        self.processes = processes
+        self.device, self.world_size = processes.device, processes.world_size
+        self.compiled = compile
+        self.config = _deepspeed_config(config, dtype, grad_clip)
+        self.zero_stage: int = self.config["zero_optimization"]["stage"]
+        module = module.to(self.device)
+        masters = {name: p.detach().float().cpu().clone() for name, p in module.named_parameters()}
+        module = module.to(dtype)
+        optimizer = torch.optim.AdamW(parameter_groups(module, weight_decay), lr=learning_rate, betas=betas, fused=True)
+        if self.zero_stage == 0:
+            self._guard = _Stage0Guard(optimizer, grad_clip)
+        with _quiet():
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=self.config, dist_init_required=False
+            )
+        self._engine.checkpoint_engine = _safe_checkpoint_engine()
+        self._set_masters(masters)
+        if compile:
+            self._engine.compile()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that was handed in."""
+        return self._engine.module
+
+    def forward_backward(self, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+        """Add the gradient of `scale` · loss to what this window has accumulated.
+
+        Args:
+            batch: What the module takes.
+            scale: 1 / (weight of the global batch). The mean over ranks that ZeRO takes is undone here.
+
+        Returns:
+            The unscaled summed loss of this micro-batch, a detached scalar.
+        """
+        loss_sum = self._engine(**batch)
+        # An infinite loss can have finite gradients. Times NaN it cannot, and then every rank skips the step.
+        poison = torch.where(torch.isfinite(loss_sum.detach()), 1.0, float("nan"))
+        self._engine.backward(loss_sum * poison * (scale * self.world_size), scale_wrt_gas=False)
+        return loss_sum.detach()
+
+    def evaluate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The summed loss without gradients. Not compiled: a second graph costs more than it saves here."""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+            return self._engine(**batch)
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Apply the accumulated gradients, unless one of any rank is not finite: then nothing changes anywhere."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        with _quiet():
+            self._engine.step()
+        if self.zero_stage == 0:
+            return self._guard.result
+        return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Element-wise sums over all processes, in float64."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def master_weights(self) -> dict[str, torch.Tensor]:
+        """The float32 weights by name, on the CPU. All ranks call it; only rank 0 keeps the result (others: empty)."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.module.named_parameters():
+            full = parameter.data if self.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+            if full is None:  # frozen: it has no master, the compute copy is all there is
+                full = self._gathered(parameter)
+            if self.processes.rank == 0:
+                weights[name] = full.detach().float().cpu().view(self._full_shape(parameter)).clone()
+        return weights
+
+    def _set_masters(self, weights: dict[str, torch.Tensor]) -> None:
+        """DeepSpeed makes its float32 masters from the module after it was cast: give them their last 16 bits back."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        if self.zero_stage == 0 or not self._engine.bfloat16_enabled():
+            return
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, weights[name].to(self.device))
+
+    def _gathered(self, parameter: nn.Parameter) -> torch.Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+            return parameter.data.clone()
+
+    @staticmethod
+    def _full_shape(parameter: nn.Parameter) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def save_state(self, folder: Path) -> None:
+        """Write the weights, masters and optimizer state of all ranks into `folder`. All ranks call it."""
+        with _quiet():
+            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load_state(self, folder: Path) -> None:
+        """Read what `save_state` wrote, at the same world size. The files must have been verified before."""
+        with _quiet():
+            path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise UserError(f"{folder} holds no DeepSpeed state; delete the folder or start with --resume never")
+
+
+class _Stage0Guard:
+    """What ZeRO's optimizers do and plain ones do not: clip after the reduction, and skip a step that is not finite."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
+        self.max_norm = grad_clip or float("inf")
+        self.result = StepResult(False, float("nan"))
+        optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        applied = bool(torch.isfinite(norm))
+        if not applied:
+            for p in parameters:
+                p.grad = None  # AdamW passes over parameters without a gradient
+        self.result = StepResult(applied, float(norm) if applied else float("inf"))
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices decay; norms, biases and embeddings do not."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    decay = [p for p in trainable if p.dim() >= 2 and id(p) not in embeddings]
+    chosen = {id(p) for p in decay}
+    rest = [p for p in trainable if id(p) not in chosen]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _deepspeed_config(path: Path | None, dtype: torch.dtype, grad_clip: float) -> dict[str, Any]:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 1, "overlap_comm": False, "contiguous_gradients": True}}
+    if path is not None:
+        try:
+            config = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"no DeepSpeed configuration at {path}; the shipped ones are in ds_configs/") from None
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error})") from None
+    stage = config.setdefault("zero_optimization", {}).setdefault("stage", 1)
+    if stage == 0 and dtype != torch.float32:
+        raise UserError(
+            "ZeRO stage 0 keeps no float32 masters and trains bf16 badly; take ds_configs/zero1.json or --dtype fp32"
+        )
+    if "optimizer" in config or "scheduler" in config:
+        raise UserError(f"{path}: optimizer and scheduler are options of the trainer, take them out of this file")
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # batches are cut by our loop; DeepSpeed only counts with this
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "steps_per_print": None,
+        **config,
+        "gradient_clipping": grad_clip if stage else 0.0,  # at stage 0 _Stage0Guard clips
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed logs and prints what it is doing; what matters is raised or returned."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _safe_checkpoint_engine() -> Any:
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class SafeCheckpointEngine(TorchCheckpointEngine):
+        """Reads without running code from the file: tensors, plain containers and three classes of DeepSpeed."""
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    return SafeCheckpointEngine()

@@ -1,0 +1,166 @@
+"""The options that every training stage shares. A stage adds its own defaults, nothing more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minigpt.errors import UserError
+
+
+@dataclass
+class TrainOptions:
+    """Options of a training run. Every field is a flag (`--max_steps 100`) and a key of a YAML file (`--config FILE`).
+
+    Args:
+        data: A folder packed by `minigpt data pack`, or raw files and folders, which are packed into SAVE_DIR/data
+            first. None: the embedded micro-world.
+        save_dir: The run folder: checkpoints, metrics, weights, report.
+        init: A run folder or a Hugging Face folder to start from. None: random weights (pretrain), or the newest
+            pretrain run beside save_dir (sft).
+        preset: Shape of a new model: s (5M), 100m, 300m, 1b. auto: s on a CPU, 100m on a GPU.
+        vocab_size: Entries of a new model's embedding. None: those of the tokenizer.
+        hidden_size: Overrides the preset's width.
+        num_hidden_layers: Overrides the preset's depth.
+        num_attention_heads: Overrides the preset's query heads.
+        num_key_value_heads: Overrides the preset's key/value heads.
+        intermediate_size: Overrides the preset's feed-forward width.
+        tokenizer: Folder of the tokenizer for raw data. None: the one of --init, or the shipped one.
+        seq_len: Tokens of a row when raw data is packed here; packed data brings its own.
+        epochs: Passes over the data (fractions are allowed).
+        max_steps: Optimizer steps; overrides epochs.
+        global_batch_size: Rows of packed tokens per optimizer step over all devices (--batch_size is the same).
+        micro_batch_size: Rows in one forward pass of one device. None: as many as fit a sensible pass.
+        learning_rate: Peak learning rate.
+        schedule: How the rate falls after the warm-up: cosine, wsd (constant, then linear over the last fifth),
+            constant.
+        min_lr_ratio: The rate at the end, as a fraction of the peak.
+        warmup_ratio: Fraction of the steps over which the rate rises linearly from 0.
+        weight_decay: AdamW's decoupled decay; norms, biases and embeddings are exempt.
+        beta1: AdamW's first-moment decay.
+        beta2: AdamW's second-moment decay.
+        grad_clip: Largest global gradient norm; 0 switches clipping off.
+        dtype: Precision of the forward and backward pass: bf16 (masters and accumulation stay fp32), fp32, auto.
+        compile: torch.compile. None: where a C++ compiler (or a GPU with Triton) is there.
+        deepspeed: A DeepSpeed JSON file, such as ds_configs/zero2.json. None: ZeRO stage 1.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        attention_backend: sdpa, varlen or reference; None: the fastest for the device.
+        seed: Of initialisation and data order.
+        eval_interval: Steps between two validations; 0: only at the end.
+        eval_rows: At most this many rows of the validation split.
+        save_interval: Steps between two checkpoints; 0: only at the end.
+        keep_checkpoints: How many checkpoints are kept; older ones are deleted.
+        resume: auto: go on from the newest good checkpoint in save_dir. never: ignore checkpoints.
+        overwrite: Delete what save_dir holds of an earlier run and start over.
+        log_interval: Steps between two lines of metrics.jsonl.
+        tensorboard: Also write TensorBoard events.
+        deterministic: Refuse kernels whose result may differ from run to run.
+        max_nan_steps: Abort after this many skipped steps in a row (NaN or infinite loss or gradient).
+        export_dtype: Precision of the exported Hugging Face folder.
+        threads: CPU threads of a process; 0: all cores divided by the processes on this machine.
+        debug: Show tracebacks instead of one sentence.
+    """
+
+    data: list[Path] | None = None
+    save_dir: Path = Path("out/run")
+    init: Path | None = None
+    preset: Literal["auto", "s", "100m", "300m", "1b"] = "auto"
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+    tokenizer: Path | None = None
+    seq_len: int = 256
+    epochs: float = 1.0
+    max_steps: int | None = None
+    global_batch_size: int = 16
+    micro_batch_size: int | None = None
+    learning_rate: float = 3e-3
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    min_lr_ratio: float = 0.1
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool | None = None
+    deepspeed: Path | None = None
+    gradient_checkpointing: bool = False
+    attention_backend: Literal["varlen", "sdpa", "reference"] | None = None
+    seed: int = 0
+    eval_interval: int = 0
+    eval_rows: int = 64
+    save_interval: int = 0
+    keep_checkpoints: int = 2
+    resume: Literal["auto", "never"] = "auto"
+    overwrite: bool = False
+    log_interval: int = 1
+    tensorboard: bool = True
+    deterministic: bool = False
+    max_nan_steps: int = 5
+    export_dtype: Literal["bf16", "fp32"] = "bf16"
+    threads: int = 0
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "seq_len", "keep_checkpoints", "log_interval"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.epochs > 0, "epochs", self.epochs, "more than 0")
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
+        _require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
+        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "between 0 and 1")
+
+    @property
+    def shape_overrides(self) -> dict[str, int]:
+        """The fields of the model's shape that were given by hand."""
+        names = (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+        )
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def _require(good: bool, name: str, value: object, rule: str) -> None:
+    if not good:
+        raise UserError(f"--{name} is {value}, it must be {rule}")
+
+
+# Shapes of new models. Config S trains on a laptop; the others have head_dim 64 or 128, as flash kernels like it.
+PRESETS: dict[str, dict[str, int]] = {
+    "s": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 832,
+    },
+    "100m": {
+        "hidden_size": 768,
+        "num_hidden_layers": 14,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "intermediate_size": 2048,
+    },
+    "300m": {
+        "hidden_size": 1152,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 9,
+        "intermediate_size": 3072,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 5632,
+    },
+}
