@@ -29,7 +29,7 @@ MAX_LINE_BYTES = 8 << 20
 DOCUMENT_BYTES = 16 << 10
 """Plain text is cut into documents of about this size, so that a novel is not one document for the validation split."""
 BOM = b"\xef\xbb\xbf"
-BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
 JSON_MARKS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)
 
 
