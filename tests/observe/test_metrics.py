@@ -72,11 +72,13 @@ def test_resume_cuts_the_steps_beyond_the_checkpoint_and_equals_the_uninterrupte
     assert sorted(path.name for path in resumed.parent.iterdir()) == ["metrics.jsonl"]
 
 
-def test_a_line_cut_in_half_is_not_read_and_is_gone_after_resume(tmp_path):
+@pytest.mark.parametrize("cut", [b'{"step": 5, "lo', b'{"step": 5, "loss": 5.0}'])
+def test_a_line_without_its_end_is_not_read_and_is_gone_after_resume(tmp_path, cut):
     write_steps(tmp_path, range(1, 6))
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"step": 6, "lo')
+    path.write_bytes(whole + cut)
+    assert read_metrics(tmp_path)[-1] == {"step": 5, "loss": 5.0, "tokens": 5 * 4096}
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     truncate_metrics(path, last_step=5)
     assert path.read_bytes() == whole
@@ -206,6 +208,15 @@ def test_logs_stay_short_and_hold_the_first_and_the_last_step(tmp_path, seconds_
     assert (steps[0], steps[-1]) == (1, total_steps)
     assert steps == sorted(set(steps))
     assert 10 <= len(steps) <= most
+
+
+def test_the_last_step_is_shown_at_once_not_only_when_the_logger_is_closed(tmp_path):
+    lines = shown_lines(tmp_path, range(1, 9), seconds_a_step=0.001, total_steps=8, close=False)
+    assert lines[-1].startswith("pretrain  step 8/8 ")
+    tail = shown_lines(tmp_path, range(90, 101), seconds_a_step=0.001, total_steps=100, close=False)
+    assert [line.split()[2] for line in tail] == ["90/100", "100/100"]
+    almost = shown_lines(tmp_path, range(95, 101), seconds_a_step=0.001, total_steps=100, close=False)
+    assert [line.split()[2] for line in almost] == ["95/100", "100/100"]
 
 
 def test_an_interrupted_run_still_shows_its_last_step(tmp_path):

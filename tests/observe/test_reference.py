@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,13 @@ def test_a_shifted_run_is_outside_and_the_sentence_says_where_and_which_way(tmp_
 
 def test_a_run_that_diverges_at_its_end_is_outside_although_nearly_all_points_are_inside(tmp_path, band):
     losses = power_law(9)
-    losses[-60:] = [loss + 0.5 for loss in losses[-60:]]
-    assert not check_against(write_run(tmp_path / "diverged", losses), band).inside
+    losses[-8:] = [loss + 1.0 for loss in losses[-8:]]
+    run = write_run(tmp_path / "diverged", losses)
+    without_its_last_point = replace(
+        band, tokens=band.tokens[:-1], loss_low=band.loss_low[:-1], loss_high=band.loss_high[:-1]
+    )
+    assert check_against(run, without_its_last_point).inside
+    assert not check_against(run, band).inside
 
 
 def test_nan_is_outside_and_too_short_is_said(tmp_path, band):

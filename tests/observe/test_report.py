@@ -171,6 +171,17 @@ def drawn_loss(curve: Curve):
     return axis
 
 
+def test_the_drawn_lines_are_the_records_and_their_smoothed_form():
+    records = train_records(60, 8.764)
+    records.append({"step": 60, "kind": "valid", "valid_loss": 2.5, "tokens": 60 * 4096})
+    raw, smoothed, valid = drawn_loss(Curve("pretrain", records)).lines
+    assert list(raw.get_xdata()) == [4096 * step for step in range(1, 61)]
+    assert list(raw.get_ydata()) == [record["loss"] for record in records[:60]]
+    closeness = np.interp(raw.get_xdata(), smoothed.get_xdata(), smoothed.get_ydata()) - raw.get_ydata()
+    assert np.abs(closeness).max() < 0.1
+    assert (list(valid.get_xdata()), list(valid.get_ydata())) == ([60 * 4096], [2.5])
+
+
 def test_ln_vocab_is_marked_at_step_0_of_a_run_from_nothing_only():
     fresh = drawn_loss(Curve("pretrain", train_records(60, 8.764), vocab_size=6400))
     marks = [line for line in fresh.lines if list(line.get_xdata()) == [0]]
