@@ -148,6 +148,10 @@ class Conversation:
 
     def answer(self, text: str) -> None:
         """Answers one message; what was said before an interruption stays in the conversation."""
+        with interrupt_flag() as interrupted:
+            self._answer(text, interrupted)
+
+    def _answer(self, text: str, interrupted: threading.Event) -> None:
         from minigpt.generation.answer import AnswerStream
 
         self.messages.append({"role": "user", "content": text})
@@ -163,13 +167,12 @@ class Conversation:
         started, tokens, stopped = time.perf_counter(), 0, False
         if self.terminal.interactive:
             self.terminal.write("\n")
-        with interrupt_flag() as interrupted:
-            for kind, piece in self.pieces(prompt_ids, parts):
-                tokens += 1
-                self.show(kind, piece)
-                if interrupted.is_set():
-                    stopped = True
-                    break
+        for kind, piece in self.pieces(prompt_ids, parts):
+            tokens += 1
+            self.show(kind, piece)
+            if interrupted.is_set():
+                stopped = True
+                break
         for part in parts.flush():
             self.show(*part)
         self.terminal.thinking(False)
@@ -203,16 +206,17 @@ class Conversation:
         message alone does not fit."""
         context = self.model.config.max_position_embeddings
         room = min(self.sampling.max_new_tokens, context // 4)
-        while True:
-            ids = self.encoder.encode_prompt(self.messages, enable_thinking=self.enable_thinking)
+        first = len(self.start)
+        turns = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        for begin in turns:
+            messages = self.start + self.messages[begin:]
+            ids = self.encoder.encode_prompt(messages, enable_thinking=self.enable_thinking)
             if len(ids) + room <= context:
+                if begin > first:
+                    self.terminal.note("The conversation has outgrown the context; its oldest turns are forgotten.")
+                    self.messages = messages
                 return ids
-            first = len(self.start)
-            users = [i for i, m in enumerate(self.messages) if m["role"] == "user" and i > first]
-            if not users:
-                return None
-            del self.messages[first : users[0]]
-            self.terminal.note("The conversation has outgrown the context; its oldest turn is forgotten.")
+        return None
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ def _load_pth(path: Path) -> MiniGPT:
     """A model from a state dict of plain tensors; nothing in the file is executed."""
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable state dict ({reason}); copy it again, or use the run's hf/") from None
     if not isinstance(state_dict, dict) or "model.embed_tokens.weight" not in state_dict:

@@ -44,7 +44,7 @@ class TextStream:
 
 
 class StopStrings:
-    """Cuts a stream of text at the first stop string, holding back what may be the beginning of one.
+    """Cuts a stream of text before the stop string that is complete first; what may be the beginning of one waits.
 
     Args:
         stop: the strings; () lets everything pass.
@@ -60,10 +60,11 @@ class StopStrings:
         if self.found is not None:
             return ""
         self._held += text
-        hits = [(self._held.find(s), s) for s in self._stop if s in self._held]
+        # the string that was complete first, whatever pieces the text came in; of several the longest
+        hits = [(self._held.find(s) + len(s), -len(s), s) for s in self._stop if s in self._held]
         if hits:
-            position, self.found = min(hits)
-            shown, self._held = self._held[:position], ""
+            end, _, self.found = min(hits)
+            shown, self._held = self._held[: end - len(self.found)], ""
             return shown
         keep = max((self._overlap(s) for s in self._stop), default=0)
         cut = len(self._held) - keep

@@ -172,8 +172,8 @@ def test_stop_strings_end_the_text_before_them_wherever_tokens_are_cut(model):
     stops = [free[0].text[10:13], free[1].text[20:22]]  # each spans several tokens
     cut = generate(model, prompts, SamplingParams(max_new_tokens=40, temperature=0, stop=tuple(stops)), decode=letters)
     for f, c in zip(free, cut, strict=True):
-        position = min(f.text.find(s) for s in stops if s in f.text)
-        assert c.text == f.text[:position]
+        end, stop = min((f.text.find(s) + len(s), s) for s in stops if s in f.text)
+        assert c.text == f.text[: end - len(stop)]
         assert c.finish_reason == "stop"
         assert c.ids == f.ids[: len(c.ids)]
         assert len(c.ids) < 40
