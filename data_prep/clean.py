@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -38,6 +39,7 @@ FOREIGN_SHARE = 0.1  # letters of other scripts that a document may hold: names,
 NGRAM_CHARS = 10
 NEAR_DUPLICATE_UNITS = 5
 NUM_PERM = 128
+SCHEME: Literal["affine32"] = "affine32"  # how datasketch permutes; 32-bit values
 MIN_EVAL_UNITS = 8  # shorter evaluation items ("12+34=?") occur everywhere by chance
 
 
@@ -136,7 +138,7 @@ def minhash_signature(text: str) -> np.ndarray:
 
     codes = _unit_codes(text)
     shingles = _ngram_hashes(codes, min(NEAR_DUPLICATE_UNITS, max(1, len(codes))))
-    sketch = MinHash(num_perm=NUM_PERM, seed=1, hashfunc=lambda shingle: shingle)
+    sketch = MinHash(num_perm=NUM_PERM, seed=1, hashfunc=lambda shingle: shingle, scheme=SCHEME)
     if len(shingles):
         sketch.update_batch((np.unique(shingles) >> np.uint64(32)).tolist())
     return sketch.hashvalues.astype(np.uint32)
@@ -152,7 +154,7 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
     index = MinHashLSH(threshold=threshold, num_perm=signatures.shape[1])
     drop = np.zeros(len(signatures), dtype=bool)
     for i, signature in enumerate(signatures):
-        sketch = MinHash(num_perm=len(signature), seed=1, hashvalues=signature)
+        sketch = MinHash(num_perm=len(signature), seed=1, hashvalues=signature, scheme=SCHEME)
         candidates = index.query(sketch)
         if candidates and (signatures[candidates] == signature).mean(axis=1).max() >= threshold:
             drop[i] = True
