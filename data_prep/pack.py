@@ -550,7 +550,7 @@ class _Plan:
         for name, array in arrays.items():
             write_atomically(self.work / "plan" / f"{split}.{name}.npy", npy_bytes(array))
         tokens = int(rows.length.sum())
-        summary = {
+        summary: dict[str, Any] = {
             "rows": len(rows),
             "documents": len(documents),
             "tokens": tokens,

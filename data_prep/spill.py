@@ -173,14 +173,14 @@ class _Chunk:
 
     def _admit(self, line: int, record: dict[str, Any] | BadRecord) -> Document | None:
         if isinstance(record, BadRecord):
-            return self._reject(record.line, record.reason)
+            self._reject(record.line, record.reason)
+            return None
         try:
             text = document_text(self.job.stage, record)
             digest = document_digest(self.job.stage, record)
-        except UnicodeEncodeError:
-            return self._reject(line, "half a surrogate pair, which is not a character")
         except UserError as error:
-            return self._reject(line, str(error))
+            self._reject(line, str(error))
+            return None
         reason = self.job.filters.reason_to_drop(text)
         if reason is None and self.worker.contamination is not None and self.worker.contamination.matches(text):
             reason = "in_evaluation_data"
@@ -204,21 +204,26 @@ class _Chunk:
             encode_documents(self.worker.encoder, self.job.stage, documents)
         except UserError as error:
             if len(documents) == 1:
-                return self._reject(documents[0].line, str(error))
-            for document in documents:  # one of them is bad: find out which
-                self._encode([document])
-            return None
+                self._reject(documents[0].line, str(error))
+            else:  # one of them is bad: find out which
+                for document in documents:
+                    self._encode([document])
+            return
         for document in documents:
             reason = fit(document, self.job.stage, self.job.seq_len, self.job.too_long)
             if reason is None:
-                if self.job.minhash:
-                    self.signatures.append(minhash_signature(document.text))
-                document.record = document.record if self.job.stage == "prompt" else {}
-                document.text_bytes, document.text = len(document.text.encode()), ""
-                self.done.append(document)
+                self._keep(document)
             else:
                 self.tally.dropped[reason] += 1
-        return None
+
+    def _keep(self, document: Document) -> None:
+        if self.job.minhash:
+            self.signatures.append(minhash_signature(document.text))
+        document.text_bytes = len(document.text.encode())
+        document.text = ""  # from here on only ids are needed, and for prompts the record
+        if self.job.stage != "prompt":
+            document.record = {}
+        self.done.append(document)
 
     def _write(self) -> None:
         dtype = token_dtype(self.worker.encoder.vocab_size)
