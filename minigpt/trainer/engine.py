@@ -3,10 +3,10 @@
 The rest of the trainer sees an `Engine` and knows neither ZeRO stages nor process groups. What DeepSpeed leaves to its
 caller is settled here once:
 
-- the loss is a sum that the caller scales by the weight of the *global* batch, so gradients do not depend on micro-batch,
-  accumulation or world size (`managed_gradient_accumulation: false`);
-- its checkpoints are pickles: they are read with `weights_only=True` and a short list of allowed classes, and only after
-  the SHA-256 manifest of `checkpoint.py` was verified;
+- the loss is a sum that the caller scales by the weight of the *global* batch, so gradients do not depend on
+  micro-batch, accumulation or world size (`managed_gradient_accumulation: false`);
+- its checkpoints are pickles: they are read with `weights_only=True` and a short list of allowed classes, and only
+  after the SHA-256 manifest of `checkpoint.py` was verified;
 - a step with a NaN or infinite loss or gradient anywhere is skipped by all ranks together.
 """
 
@@ -221,6 +221,11 @@ class Engine:
     @staticmethod
     def _full_shape(parameter: nn.Parameter) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)
+
+    def close(self) -> None:
+        """Free DeepSpeed's buffers; the engine cannot be used afterwards."""
+        with _quiet():
+            self._engine.destroy()
 
     def save_state(self, folder: Path) -> None:
         """Write the weights, masters and optimizer state of all ranks into `folder`. All ranks call it."""

@@ -58,8 +58,8 @@ class TrainOptions:
         deterministic: Refuse kernels whose result may differ from run to run.
         max_nan_steps: Abort after this many skipped steps in a row (NaN or infinite loss or gradient).
         export_dtype: Precision of the exported Hugging Face folder.
+        recipe: Name of the reference curve that the report lays over this run's loss.
         threads: CPU threads of a process; 0: all cores divided by the processes on this machine.
-        debug: Show tracebacks instead of one sentence.
     """
 
     data: list[Path] | None = None
@@ -103,8 +103,8 @@ class TrainOptions:
     deterministic: bool = False
     max_nan_steps: int = 5
     export_dtype: Literal["bf16", "fp32"] = "bf16"
+    recipe: str | None = None
     threads: int = 0
-    debug: bool = False
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "seq_len", "keep_checkpoints", "log_interval"):

@@ -1,0 +1,251 @@
+"""The `minigpt` command: one verb a job, no logic.
+
+A verb is a function that takes a dataclass of options. The dataclass's fields are the flags, its docstring is the help,
+and a YAML file (`--config`) sets the same fields. Nothing heavy is imported before the verb is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from minigpt.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A job of the command line.
+
+    Attributes:
+        function: `module:function`, called with the options.
+        options: `module:dataclass`.
+        help: One line.
+        positional: Whether fields without a default are given by position (`minigpt chat RUN`).
+    """
+
+    function: str
+    options: str
+    help: str
+    positional: bool = False
+
+
+def _train(module: str, options: str, help: str) -> Verb:
+    return Verb(f"minigpt.trainer.{module}:main", f"minigpt.trainer.{module}:{options}", help)
+
+
+_COMMANDS = "minigpt.commands"
+VERBS: dict[str, Verb] = {
+    "quickstart": Verb(
+        "minigpt.quickstart:quickstart",
+        "minigpt.quickstart:QuickstartOptions",
+        "train a small bilingual model from nothing, in minutes, and see it answer",
+    ),
+    "data inspect": Verb(
+        f"{_COMMANDS}:inspect", f"{_COMMANDS}:InspectOptions", "show what a file or packed folder holds", True
+    ),
+    "data tokenizer": Verb(
+        f"{_COMMANDS}:tokenizer", "data_prep.tokenizer:TokenizerOptions", "train a byte-level BPE tokenizer"
+    ),
+    "data pack": Verb(f"{_COMMANDS}:pack", "data_prep.pack:PackOptions", "turn raw files into packed Arrow shards"),
+    "data verify": Verb(
+        f"{_COMMANDS}:verify_data", f"{_COMMANDS}:VerifyDataOptions", "check every byte of a packed folder", True
+    ),
+    "train pretrain": _train("train_pretrain", "PretrainOptions", "train a model from nothing on plain text"),
+    "train sft": _train("train_full_sft", "SFTOptions", "teach a pretrained model to answer, on conversations"),
+    "chat": Verb("minigpt.generation.chat:chat", "minigpt.generation.chat:ChatOptions", "talk to a model", True),
+    "generate": Verb(
+        "minigpt.generation.command:run_generate",
+        "minigpt.generation.command:GenerateOptions",
+        "answer one prompt",
+        True,
+    ),
+    "export": Verb(
+        f"{_COMMANDS}:export", f"{_COMMANDS}:ExportOptions", "write a run's weights for other programs", True
+    ),
+    "import": Verb(f"{_COMMANDS}:import_hf", f"{_COMMANDS}:ImportOptions", "make a run of a Hugging Face folder", True),
+    "report": Verb(f"{_COMMANDS}:report", f"{_COMMANDS}:ReportOptions", "curves and numbers of a run", True),
+    "verify": Verb(
+        "minigpt.milestones:verify",
+        "minigpt.milestones:VerifyOptions",
+        "run the check of a milestone of the guide",
+        True,
+    ),
+    "doctor": Verb(f"{_COMMANDS}:doctor", f"{_COMMANDS}:DoctorOptions", "what is missing here, and the remedy"),
+}
+GROUPS = {"data": "text to packed shards", "train": "the training stages"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `minigpt` command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if arguments[0] == "--version":
+        import minigpt
+
+        print(minigpt.__version__)
+        return
+    words = 2 if arguments[0] in GROUPS else 1
+    name = " ".join(arguments[:words])
+    if words == 2 and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+        print(_overview(arguments[0]))
+        return
+    if name not in VERBS:
+        _fail(f"there is no command `minigpt {name}`{_did_you_mean(name, VERBS)}; `minigpt --help` lists them", 2)
+    verb = VERBS[name]
+    run_command(_load(verb.function), _load(verb.options), arguments[words:], f"minigpt {name}", verb.positional)
+
+
+def run_command(
+    function: Callable[[Any], Any],
+    options: type,
+    arguments: Sequence[str] | None = None,
+    program: str | None = None,
+    positional: bool = False,
+) -> None:
+    """Parse the options of a verb and call it; errors of the user's end in one sentence and exit status 1.
+
+    Args:
+        function: What the verb does.
+        options: The dataclass that it takes.
+        arguments: Command line; None: this process's.
+        program: Name in the help.
+        positional: Whether fields without a default are given by position.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        chosen = parse_options(options, [a for a in arguments if a != "--debug"], program, positional, function.__doc__)
+        function(chosen)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(_sentence(error), 1)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
+    if isinstance(error, (UserError, OSError, ValueError)) and str(error):
+        return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} (unexpected; the same command with --debug shows where)"
+
+
+def parse_options(
+    options: type, arguments: list[str], program: str | None = None, positional: bool = False, about: str | None = None
+) -> Any:
+    """The dataclass `options` filled from a command line and `--config` files. Errors: UserError with a suggestion."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    description = (about or options.__doc__ or "").strip().split("\n\n")[0]
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_class_arguments(options, as_positional=positional, fail_untyped=False)
+    fields = typing.get_type_hints(options)
+    try:
+        parsed = parser.parse_args(_expand(arguments, fields))
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), fields, program)) from error
+    values = {f.name: parsed[f.name] for f in dataclasses.fields(options) if f.name in parsed}
+    return options(**{name: _plain(value, fields[name]) for name, value in values.items()})
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """jsonargparse's namespaces as the dataclasses they stand for."""
+    if dataclasses.is_dataclass(kind) and not dataclasses.is_dataclass(value):
+        return kind(**vars(value))  # type: ignore[operator]
+    return value
+
+
+def _expand(arguments: list[str], fields: dict[str, Any]) -> list[str]:
+    """The habits of command lines: `--flag` alone, `--input A B C`, `--batch_size`, and the launcher's --local_rank."""
+    expanded, i = [], 0
+    while i < len(arguments):
+        argument = arguments[i]
+        i += 1
+        if argument.startswith("--local_rank"):  # the environment says it too
+            continue
+        name, has_value, _ = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if argument.startswith("--") and name == "batch_size" and "global_batch_size" in fields:
+            argument = argument.replace("batch", "global_batch", 1)
+            name = "global_batch_size"
+        kind = fields.get(name) if argument.startswith("--") and not has_value else None
+        if kind is None:
+            expanded.append(argument)
+            continue
+        values = []
+        while i < len(arguments) and not arguments[i].startswith("--"):
+            values.append(arguments[i])
+            i += 1
+        if _accepts(kind, list):
+            expanded.append(f"--{name}={json.dumps(values, ensure_ascii=False)}")
+        elif _accepts(kind, bool) and not values:
+            expanded.append(f"--{name}=true")
+        else:
+            expanded += [f"--{name}", *values]
+    return expanded
+
+
+def _accepts(kind: Any, wanted: type) -> bool:
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return any(k is wanted or typing.get_origin(k) is wanted for k in kinds)
+
+
+def _explain(message: str, fields: dict[str, Any], program: str | None) -> str:
+    """One sentence of jsonargparse's complaint, with the option that was probably meant."""
+    text = " ".join(message.split())
+    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)|[Kk]ey '?\"?([\w.]+)'?\"? is not expected", text)
+    if unknown:
+        name = (unknown[1] or unknown[2]).removeprefix("--").split("=")[0]
+        return f"unknown option {name}{_did_you_mean(name, fields)}; `{program or sys.argv[0]} --help` lists them"
+    return text.removeprefix("error: ")
+
+
+def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _overview(group: str | None = None) -> str:
+    lines = ["MiniGPT: from raw text to a model that chats and reasons, on your own machine.", ""]
+    if group is None:
+        lines += ["usage: minigpt COMMAND [options]     (minigpt COMMAND --help explains each)", ""]
+    else:
+        lines = [f"minigpt {group}: {GROUPS[group]}", ""]
+    for name, verb in VERBS.items():
+        if group is None or name.startswith(group + " "):
+            lines.append(f"  {name:<16} {verb.help}")
+    if group is None:
+        lines += ["", "Start with:  minigpt quickstart"]
+    return "\n".join(lines)
+
+
+def _fail(sentence: str, status: int) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Checkpoints that are either whole or not there.
+
+    RUN/checkpoints/step_00000100/
+        engine/…          weights, masters and optimizer state, one file a rank (written by the engine)
+        rng_00000.pt …    random state, one file a rank
+        state.json        step, samples consumed, options, data fingerprint, versions
+        manifest.json     SHA-256 of every file above, written last
+
+Everything is written under a temporary name, synced to disk and renamed: a process killed at any moment leaves either
+the old checkpoints or the new one besides. Hashes are verified before anything is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt.errors import UserError
+
+from .engine import Engine
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def save(engine: Engine, run: Path, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint for `state["step"]` and delete all but the newest `keep`. All ranks call it.
+
+    Args:
+        engine: Whose weights and optimizer state are saved.
+        run: The run folder.
+        state: What else a resumed run needs, as JSON values.
+        keep: How many checkpoints stay.
+    """
+    final = checkpoint_folder(run, state["step"])
+    partial = final.with_name(f".{final.name}.partial")
+    rank = engine.processes.rank
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    engine.barrier()
+    try:
+        engine.save_state(partial)
+        torch.save(_rng_state(), partial / f"rng_{rank:05d}.pt")
+        engine.barrier()
+        if rank == 0:
+            _seal(partial, state)
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync(final.parent)
+            for old in list_checkpoints(run)[:-keep]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint of step {state['step']} could not be written to {final.parent} ({_reason(error)}); "
+            "free some space and run the same command again, it goes on from the checkpoint before"
+        ) from error
+    engine.barrier()
+    return final
+
+
+def _reason(error: Exception) -> str:
+    free = "" if not isinstance(error, OSError) or error.strerror is None else error.strerror
+    return free or str(error).splitlines()[0]
+
+
+def _seal(folder: Path, state: dict[str, Any]) -> None:
+    (folder / STATE).write_text(json.dumps(state, indent=2, default=str) + "\n")
+    hashes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+    with open(folder / MANIFEST, "w") as file:
+        json.dump(hashes, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    for inner in (p for p in folder.rglob("*") if p.is_dir()):
+        _sync(inner)
+    _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step_*"))
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose every file is what was written. Errors: UserError naming the file."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder} has no readable {MANIFEST}") from None
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise UserError(f"{path} is damaged (its SHA-256 is not the one in {MANIFEST})")
+    return json.loads((folder / STATE).read_text())
+
+
+def newest_good(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest undamaged checkpoint and its state; damaged ones are named through `say` and passed over."""
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            return folder, verify(folder)
+        except UserError as error:
+            say(f"{error}: passing over this checkpoint, going back to the one before")
+    return None
+
+
+def load(engine: Engine, folder: Path) -> None:
+    """Put a verified checkpoint's weights, optimizer state and random state back. All ranks call it."""
+    engine.load_state(folder)
+    path = folder / f"rng_{engine.processes.rank:05d}.pt"
+    if path.exists():
+        _set_rng_state(torch.load(path, weights_only=True))
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

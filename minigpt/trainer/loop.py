@@ -1,0 +1,454 @@
+"""The training loop that all supervised stages share: data → loss → step → metrics → weights.
+
+A stage (`train_pretrain.py`, `train_full_sft.py` …) is its data, its loss and its defaults; everything else is here,
+in the order in which it happens. What a step computes does not depend on how it is cut: the loss is the weighted token
+mean over the whole global batch, and sample k of the global order belongs to step k // global_batch_size at any
+world size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from minigpt.dataset.shards import BatchIterator, PackedDataset, sequential_batches, token_statistics
+from minigpt.errors import UserError
+from minigpt.model.attention import choose_backend
+from minigpt.model.model_minigpt import MiniGPT
+
+from . import checkpoint
+from .engine import Engine, Processes, init_processes
+from .flops import training_flops
+from .options import TrainOptions
+from .run import Run
+from .schedule import learning_rate
+from .setup import compile_wanted, compute_dtype, configure_torch, prepare_data, prepare_model
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What makes a stage different from the others.
+
+    Attributes:
+        name: As in `minigpt train NAME` and summary.json.
+        weights: Beginning of the .pth file's name: `<weights>_<hidden_size>.pth`.
+        packed_as: The `--stage` its data is packed for.
+        from_scratch: Whether the stage may start from random weights.
+        stop_token: What ends a generated text: the end of a document or of a chat turn.
+        loss: Computes the summed loss from the model and a batch of tensors.
+    """
+
+    name: str
+    weights: str
+    packed_as: str
+    from_scratch: bool
+    stop_token: str
+    loss: Callable[..., torch.Tensor]
+
+
+def language_model_loss(model: MiniGPT, **batch: torch.Tensor) -> torch.Tensor:
+    """Σ weight · cross-entropy of the next token."""
+    loss_sum = model(**batch).loss_sum
+    assert loss_sum is not None
+    return loss_sum
+
+
+class StageModule(nn.Module):
+    """The model together with its loss, so that everything that uses a weight happens inside one forward call."""
+
+    def __init__(self, model: MiniGPT, loss: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.model, **batch)
+
+
+def train(stage: Stage, options: TrainOptions) -> dict[str, Any]:
+    """Run a stage from wherever its folder stands to exported weights; returns what summary.json holds."""
+    processes = init_processes()
+    run = Run(stage.name, options, processes)
+    if (summary := run.finished_summary()) is not None:
+        return summary
+    configure_torch(options, processes)
+    run.open()
+    source = prepare_data(stage, options, processes)
+    model, init_weights_from = prepare_model(stage, options, source)
+    return _Trainer(stage, options, processes, run, source.train, source.valid, model, init_weights_from).run()
+
+
+@dataclass
+class _Progress:
+    """Where a run stands; everything here goes into a checkpoint."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    last_loss: float = math.nan
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+@dataclass
+class _Speed:
+    """Tokens per second of the steps after the first, which compiles."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    flops: float = 0.0
+    steps: int = 0
+
+    def add(self, tokens: float, flops: float, seconds: float) -> None:
+        self.steps += 1
+        if self.steps > 1:
+            self.tokens, self.flops, self.seconds = self.tokens + tokens, self.flops + flops, self.seconds + seconds
+
+    def per_second(self, amount: float) -> float:
+        return amount / self.seconds if self.seconds else math.nan
+
+
+@dataclass
+class _Trainer:
+    stage: Stage
+    options: TrainOptions
+    processes: Processes
+    run_folder: Run
+    data: PackedDataset
+    valid: PackedDataset | None
+    model: MiniGPT
+    origin: str
+    progress: _Progress = field(default_factory=_Progress)
+    speed: _Speed = field(default_factory=_Speed)
+
+    def run(self) -> dict[str, Any]:
+        options, run = self.options, self.run_folder
+        self.micro_batch = micro_batch_size(options, self.processes, self.data.seq_len)
+        self.total_steps = total_steps(options, len(self.data))
+        dtype = compute_dtype(options, self.processes.device)
+        self.engine = Engine(
+            StageModule(self.model, self.stage.loss),
+            self.processes,
+            dtype=dtype,
+            learning_rate=options.learning_rate,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            grad_clip=options.grad_clip,
+            config=options.deepspeed,
+            compile=compile_wanted(options, self.processes.device),
+        )
+        self.model.attention_backend = options.attention_backend or choose_backend(
+            self.processes.device, self.data.seq_len, dtype
+        )
+        self._resume()
+        run.start(self._description(dtype), self.total_steps, self.progress.step, self.processes.device, dtype)
+        try:
+            with _GracefulStop() as stop:
+                self._steps(stop)
+            result = self.validate()
+        finally:
+            run.pause()
+        return self._finish(result)
+
+    def _resume(self) -> None:
+        if self.options.resume == "never":
+            return
+        found = None
+        if self.processes.rank == 0:
+            found = checkpoint.newest_good(self.run_folder.folder, self.run_folder.say)
+        found = self.engine_broadcast(found)
+        if found is None:
+            return
+        folder, state = found
+        self.run_folder.check_resumable(state, self.data, self.model)
+        checkpoint.load(self.engine, folder)
+        self.progress = _Progress(**state["progress"])
+        self.run_folder.say(f"resuming from {folder} at step {self.progress.step} of {self.total_steps}")
+
+    def engine_broadcast(self, value: Any) -> Any:
+        """Rank 0's value on all ranks."""
+        if self.processes.world_size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _steps(self, stop: _GracefulStop) -> None:
+        options, progress = self.options, self.progress
+        batches = _prefetch(self._step_batches(), self.processes.device)
+        nan_steps = 0
+        started = time.monotonic()
+        while progress.step < self.total_steps:
+            micro_batches, local = next(batches)
+            stop_asked, weight, tokens, labels, pairs = self.engine.sum_over_ranks([float(stop.asked), *local])
+            scale = 1.0 / weight if weight else 0.0
+            loss_sum = torch.zeros((), device=self.processes.device)
+            for batch in micro_batches:
+                loss_sum += self.engine.forward_backward(batch, scale)
+            rate = self._learning_rate(progress.step)
+            result = self.engine.step(rate)
+            progress.step += 1
+            progress.samples += options.global_batch_size
+            progress.tokens += int(tokens)
+            nan_steps = 0 if result.applied else nan_steps + 1
+            progress.skipped_steps += not result.applied
+            if progress.step % options.log_interval == 0 or progress.step in (1, self.total_steps):
+                progress.last_loss = self.engine.sum_over_ranks([loss_sum.item()])[0] * scale
+            seconds = time.monotonic() - started
+            started += seconds
+            progress.seconds += seconds
+            flops = training_flops(self.model.config, tokens=tokens, labels=labels, attention_pairs=pairs)
+            self.speed.add(tokens, flops, seconds)
+            if progress.step % options.log_interval == 0 or progress.step in (1, self.total_steps):
+                self._log(rate, result.grad_norm, tokens / seconds, flops / seconds)
+            if nan_steps >= options.max_nan_steps:
+                self._abort_on_nan(nan_steps)
+            if options.eval_interval and progress.step % options.eval_interval == 0 < self.total_steps - progress.step:
+                self.validate()
+                started = time.monotonic()
+            if options.save_interval and progress.step % options.save_interval == 0 < self.total_steps - progress.step:
+                self.save()
+                started = time.monotonic()
+            if stop_asked and progress.step < self.total_steps:
+                self.save()
+                self.run_folder.say(f"stopped at step {progress.step}; the same command goes on from here")
+                raise SystemExit(128 + stop.signal_number)
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            self.total_steps,
+            peak=self.options.learning_rate,
+            schedule=self.options.schedule,
+            warmup_ratio=self.options.warmup_ratio,
+            min_ratio=self.options.min_lr_ratio,
+        )
+
+    def _step_batches(self) -> Iterator[list[Batch]]:
+        """All micro-batches of this rank for one step at a time."""
+        source = BatchIterator(
+            self.data,
+            micro_batch_size=self.micro_batch,
+            global_batch_size=self.options.global_batch_size,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            seed=self.options.seed,
+            start_sample=self.progress.samples,
+        )
+        window: list[Batch] = []
+        for batch in source:
+            window.append(batch)
+            if len(window) == source.micro_batches_per_step:
+                yield window
+                window = []
+
+    def _log(self, rate: float, grad_norm: float, tokens_per_second: float, flops_per_second: float) -> None:
+        peak = self.run_folder.peak.flops * self.processes.world_size
+        record = {
+            "kind": "train",
+            "loss": self.progress.last_loss,
+            "lr": rate,
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "mfu": flops_per_second / peak,
+            "memory_gb": _memory_gb(self.processes.device),
+            "seconds": self.progress.seconds,
+            "tokens": self.progress.tokens,
+        }
+        if self.progress.skipped_steps:
+            record["skipped_steps"] = self.progress.skipped_steps
+        self.run_folder.log(self.progress.step, record)
+
+    def _abort_on_nan(self, steps: int) -> None:
+        raise UserError(
+            f"the loss or a gradient was NaN or infinite in {steps} steps in a row (now at step {self.progress.step}); "
+            "lower --learning_rate, or look at the data with `minigpt data inspect`; the last checkpoint is untouched"
+        )
+
+    def validate(self) -> dict[str, float]:
+        """Loss (mean over labelled tokens, nats) and bits per byte on the validation split."""
+        if self.valid is None:
+            return {}
+        byte_lengths = self.valid.token_byte_lengths
+        loss, labels, byte_count = 0.0, 0.0, 0.0
+        batches = sequential_batches(
+            self.valid,
+            self.micro_batch,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            max_rows=self.options.eval_rows,
+        )
+        for batch in batches:
+            counted = batch["weights"] > 0
+            batch["weights"] = counted.astype(np.float32)  # a plain mean: extra weights steer training, not judgement
+            loss += self.engine.evaluate(to_tensors(batch, self.processes.device)).item()
+            labels += float(counted.sum())
+            byte_count += float(byte_lengths[batch["labels"][counted]].sum())
+        loss, labels, byte_count = self.engine.sum_over_ranks([loss, labels, byte_count])
+        if not labels:
+            return {}
+        result = {"valid_loss": loss / labels}
+        if byte_count:
+            result["valid_bits_per_byte"] = loss / math.log(2) / byte_count
+        self.run_folder.log(self.progress.step, {"kind": "valid", **result, "tokens": self.progress.tokens})
+        return result
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        state = {
+            "step": self.progress.step,
+            "progress": self.progress.to_dict(),
+            **self.run_folder.identity(self.data, self.model),
+            "zero_stage": self.engine.zero_stage,
+            "world_size": self.processes.world_size,
+        }
+        checkpoint.save(self.engine, self.run_folder.folder, state, self.options.keep_checkpoints)
+
+    def _finish(self, result: dict[str, float]) -> dict[str, Any]:
+        self.save()
+        weights = {name.removeprefix("model."): w for name, w in self.engine.master_weights().items()}
+        extra = {
+            "steps": self.progress.step,
+            "tokens": self.progress.tokens,
+            "loss": self.progress.last_loss,
+            **result,
+            "bits_per_byte": result.get("valid_bits_per_byte"),
+            "tokens_per_second": self.speed.per_second(self.speed.tokens),
+            "mfu": self.speed.per_second(self.speed.flops) / (self.run_folder.peak.flops * self.processes.world_size),
+            "seconds": self.progress.seconds,
+            "skipped_steps": self.progress.skipped_steps,
+            "zero_stage": self.engine.zero_stage,
+            "init": self.origin,
+        }
+        summary = self.run_folder.finish(self.stage, self.options, self.model, weights, self.data, extra)
+        self.engine.barrier()
+        self.engine.close()
+        return summary
+
+    def _description(self, dtype: torch.dtype) -> str:
+        o, p = self.options, self.processes
+        accumulation = o.global_batch_size // (self.micro_batch * p.world_size)
+        batch = f"{o.global_batch_size} rows = {self.micro_batch} a pass × {accumulation} passes × {p.world_size} ranks"
+        rows = f"{len(self.data):,} rows of {self.data.seq_len} tokens"
+        steps = f"{self.total_steps:,} steps = {self.total_steps * o.global_batch_size / len(self.data):.2f} epochs"
+        kind = str(dtype).removeprefix("torch.")
+        compiled = ", compiled" if self.engine.compiled else ""
+        size = f"{self.model.num_parameters() / 1e6:.2f}M parameters ({self.origin})"
+        return f"{size}; {rows}; global batch {batch}; {steps}; {kind}{compiled}, ZeRO stage {self.engine.zero_stage}"
+
+
+def micro_batch_size(options: TrainOptions, processes: Processes, seq_len: int) -> int:
+    """Rows of one forward pass: as asked for, or the largest that divides a rank's share and fits a sensible pass.
+
+    Errors: UserError when the global batch does not divide.
+    """
+    per_rank, rest = divmod(options.global_batch_size, processes.world_size)
+    if rest or not per_rank:
+        raise UserError(
+            f"--global_batch_size {options.global_batch_size} does not divide among {processes.world_size} processes"
+        )
+    if options.micro_batch_size is not None:
+        if per_rank % options.micro_batch_size:
+            raise UserError(
+                f"--micro_batch_size {options.micro_batch_size} does not divide the {per_rank} rows of a process "
+                f"(--global_batch_size {options.global_batch_size} over {processes.world_size} processes)"
+            )
+        return options.micro_batch_size
+    limit = max(1, (4096 if processes.device.type == "cpu" else 32768) // seq_len)
+    return max(size for size in range(1, per_rank + 1) if per_rank % size == 0 and (size <= limit or size == 1))
+
+
+def total_steps(options: TrainOptions, rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    return options.max_steps or max(1, math.ceil(options.epochs * rows / options.global_batch_size))
+
+
+def to_tensors(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """A collated batch as tensors on the device; copies from pinned memory do not wait."""
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    if device.type == "cuda":
+        tensors["cu_seqlens"] = _fixed_boundaries(batch["document_ids"])
+        return {name: t.pin_memory().to(device, non_blocking=True) for name, t in tensors.items()}
+    return tensors
+
+
+def _fixed_boundaries(document_ids_BT: np.ndarray) -> torch.Tensor:
+    """Document boundaries in the flattened batch, int32; padded with B·T, since compiled graphs want fixed shapes."""
+    size = document_ids_BT.size
+    starts = np.ones(document_ids_BT.shape, dtype=bool)
+    starts[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    positions = np.flatnonzero(starts)
+    room = max(len(positions), size // 16) + 1
+    return torch.from_numpy(np.pad(positions, (0, room - len(positions)), constant_values=size).astype(np.int32))
+
+
+def _prefetch(
+    steps: Iterator[list[Batch]], device: torch.device
+) -> Iterator[tuple[list[dict[str, torch.Tensor]], list[float]]]:
+    """Tensors and statistics (weight, tokens, labels, attention pairs) of a step, the next one made meanwhile."""
+
+    def prepare() -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+        window = next(steps)
+        counts = [token_statistics(batch) for batch in window]
+        totals = [(c.label_weight, c.tokens, c.labels, c.attention_pairs) for c in counts]
+        return [to_tensors(batch, device) for batch in window], [float(sum(t)) for t in zip(*totals, strict=True)]
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = pool.submit(prepare)
+        while True:
+            ready = coming.result()
+            coming = pool.submit(prepare)
+            yield ready
+
+
+def _memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class _GracefulStop:
+    """SIGTERM and Ctrl-C end the run after the current step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        return self.signal_number != 0
+
+    def __enter__(self) -> _GracefulStop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._previous[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: whoever runs us there decides about signals
+                break
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.signal_number = number
+        print("stopping after this step (once more: at once)", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

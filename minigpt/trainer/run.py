@@ -1,0 +1,236 @@
+"""The run folder: what is in it, when a run may go on in it, and what is written at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minigpt.dataset.shards import PackedDataset
+from minigpt.errors import UserError
+from minigpt.model.model_minigpt import MiniGPT
+from minigpt.observe.hardware import Peak, describe_hardware, package_version, peak_flops
+from minigpt.observe.metrics import RunLogger
+
+from .engine import Processes
+from .options import TrainOptions
+
+if TYPE_CHECKING:
+    from .loop import Stage
+
+SUMMARY = "summary.json"
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "pyarrow")
+OURS = ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", SUMMARY, "hf", "report", "report.md")
+
+# Options that may differ when a run goes on: they change how fast or how far it runs, not what it computes.
+FREE_TO_CHANGE = {
+    "save_dir", "data", "init", "resume", "overwrite", "threads", "log_interval", "tensorboard", "recipe",
+    "save_interval", "keep_checkpoints", "eval_interval", "eval_rows", "export_dtype", "micro_batch_size", "max_steps", "epochs",
+}  # fmt: skip
+
+
+class Run:
+    """A run folder seen by one process. Only rank 0 writes; the others call the same methods and do nothing."""
+
+    def __init__(self, stage: str, options: TrainOptions, processes: Processes) -> None:
+        self.stage, self.options, self.processes = stage, options, processes
+        self.folder = Path(options.save_dir)
+        self.first = processes.rank == 0
+        self.peak = Peak(math.nan, "not measured")
+        self._logger: RunLogger | None = None
+
+    def say(self, text: str) -> None:
+        """A sentence for the person who watches."""
+        if not self.first:
+            return
+        if self._logger is not None:
+            self._logger.message(text)
+        else:
+            print(text, flush=True)
+
+    def finished_summary(self) -> dict[str, Any] | None:
+        """The summary of a run that is done, after saying so; None when there is something to train."""
+        path = self.folder / SUMMARY
+        if self.options.overwrite or not path.exists():
+            return None
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path} is damaged; --overwrite trains this run again") from None
+        if summary.get("stage") != self.stage:
+            raise UserError(
+                f"{self.folder} holds a finished {summary.get('stage')} run; give another --save_dir, or --overwrite"
+            )
+        self.say(
+            f"{self.folder} is a finished {self.stage} run of {summary['steps']} steps, loss: {summary['loss']:.4f}; "
+            "nothing to do (--overwrite trains it again)"
+        )
+        return summary
+
+    def open(self) -> None:
+        """Make the folder, or empty it of an earlier run when asked to."""
+        if self.first:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--save_dir {self.folder} cannot be made ({error.strerror})") from error
+            if self.options.overwrite:
+                self._clear()
+        if self.processes.world_size > 1:
+            torch.distributed.barrier()
+
+    def _clear(self) -> None:
+        for path in [*(self.folder / name for name in OURS), *self.folder.glob("*.pth")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def identity(self, data: PackedDataset, model: MiniGPT) -> dict[str, Any]:
+        """What a checkpoint must agree with to be continued, and what it was made with."""
+        return {
+            "stage": self.stage,
+            "fingerprint": data.fingerprint,
+            "tokenizer_hash": data.tokenizer_hash,
+            "model": model.config.to_dict(),
+            "options": json.loads(json.dumps(asdict(self.options), default=str)),
+            "versions": {name: package_version(name) for name in PACKAGES},
+        }
+
+    def check_resumable(self, state: dict[str, Any], data: PackedDataset, model: MiniGPT) -> None:
+        """Refuse to go on with something else than what the checkpoint was made from; name changed options."""
+        now = self.identity(data, model)
+        remedy = "start anew with --overwrite, or give another --save_dir"
+        for key, what in (
+            ("stage", "stage"),
+            ("tokenizer_hash", "tokenizer"),
+            ("fingerprint", "dataset"),
+            ("model", "model shape"),
+        ):
+            if state[key] != now[key]:
+                raise UserError(f"the checkpoint in {self.folder} was made with another {what}; {remedy}")
+        if state["world_size"] != self.processes.world_size:
+            raise UserError(
+                f"the checkpoint in {self.folder} was written by {state['world_size']} processes, now there are "
+                f"{self.processes.world_size}; start as many, or {remedy}"
+            )
+        changed = {k: (state["options"].get(k), v) for k, v in now["options"].items() if state["options"].get(k) != v}
+        for key, (old, new) in changed.items():
+            if key not in FREE_TO_CHANGE:
+                self.say(f"--{key} was {old} before the interruption and is {new} now; going on with {new}")
+
+    def start(self, description: str, total_steps: int, step: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Write config.yaml, measure the machine, open the metrics and say what will run."""
+        if not self.first:
+            return
+        import yaml
+
+        options = json.loads(json.dumps(asdict(self.options), default=str))
+        write_text(self.folder / "config.yaml", yaml.safe_dump({"stage": self.stage, **options}, sort_keys=False))
+        self.peak = peak_flops(device, dtype)
+        print(f"{self.stage}: {description}", flush=True)
+        self._logger = RunLogger(
+            self.folder,
+            title=self.stage,
+            total_steps=total_steps,
+            start_step=step,
+            tensorboard=self.options.tensorboard,
+        )
+
+    def log(self, step: int, record: dict[str, Any]) -> None:
+        if self._logger is not None:
+            self._logger.log(step, record)
+
+    def pause(self) -> None:
+        """Close the progress display; what was logged is on disk already."""
+        if self._logger is not None:
+            self._logger.close()
+
+    def finish(
+        self,
+        stage: Stage,
+        options: TrainOptions,
+        model: MiniGPT,
+        weights: dict[str, torch.Tensor],
+        data: PackedDataset,
+        results: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Write the weights twice (a .pth of float32 masters, a Hugging Face folder) and, last of all, the summary."""
+        summary = {
+            "stage": stage.name,
+            "recipe": options.recipe,
+            **results,
+            "parameters": model.num_parameters(),
+            "vocab_size": model.config.vocab_size,
+            "global_batch_size": options.global_batch_size,
+            "seq_len": data.seq_len,
+            "fingerprint": data.fingerprint,
+            "mfu_peak": self.peak.source,
+            "hardware": describe_hardware(),
+            "versions": {name: package_version(name) for name in PACKAGES},
+            "commit": _commit(),
+        }
+        if not self.first:
+            return summary
+        if model.config.tie_word_embeddings:
+            weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+        path = self.folder / f"{stage.weights}_{model.config.hidden_size}.pth"
+        partial = path.with_name(path.name + ".partial")
+        try:
+            torch.save(weights, partial)
+            partial.replace(path)
+            model.save_pretrained(
+                self.folder / "hf",
+                dtype=torch.bfloat16 if options.export_dtype == "bf16" else torch.float32,
+                state_dict=weights,
+                tokenizer_folder=data.folder,
+                generation_config=_generation_config(data.folder, stage.stop_token),
+            )
+            write_text(self.folder / SUMMARY, json.dumps(summary, indent=2, default=str) + "\n")
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            partial.unlink(missing_ok=True)
+            raise UserError(
+                f"the weights could not be written to {self.folder} ({str(error).splitlines()[0]}); the last "
+                "checkpoint is whole: free some space and run the same command again"
+            ) from error
+        self.say(f"{stage.name}: final loss: {results['loss']:.4f}  →  {path}  and  {self.folder / 'hf'}")
+        return summary
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is whole or as it was."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _generation_config(tokenizer_folder: Path, stop_token: str) -> dict[str, Any]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    stops = [tokenizer.token_to_id(token) for token in dict.fromkeys((stop_token, "<|endoftext|>"))]
+    stops = [i for i in stops if i is not None]
+    return {"eos_token_id": stops, "pad_token_id": stops[-1]} if stops else {}
+
+
+def _commit() -> str | None:
+    """The git commit of the source tree, when it is one."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

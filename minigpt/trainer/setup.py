@@ -1,0 +1,202 @@
+"""What has to be there before the first step: threads and precision, the data, the model."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minigpt.dataset.shards import MANIFEST, PackedDataset, tokenizer_hash
+from minigpt.errors import UserError
+from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+
+from .engine import Processes
+from .options import PRESETS, TrainOptions
+
+if TYPE_CHECKING:
+    from .loop import Stage
+
+SHIPPED_TOKENIZER = Path(__file__).parents[1] / "model"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The two splits of a run's data; `valid` is None when nothing is held out."""
+
+    train: PackedDataset
+    valid: PackedDataset | None
+
+
+def configure_torch(options: TrainOptions, processes: Processes) -> None:
+    """Threads, seeds and determinism of this process."""
+    if processes.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size))
+        torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local))
+    torch.manual_seed(options.seed)
+    torch.set_float32_matmul_precision("high" if processes.device.type == "cuda" else "highest")
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def compute_dtype(options: TrainOptions, device: torch.device) -> torch.dtype:
+    """bf16 where the machine multiplies it faster than fp32, unless the options say otherwise."""
+    if options.dtype == "auto":
+        from minigpt.observe.hardware import cpu_bf16_units
+
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else bool(cpu_bf16_units())
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if options.dtype == "bf16" else torch.float32
+
+
+def compile_wanted(options: TrainOptions, device: torch.device) -> bool:
+    """Whether to compile: as asked for, else where the tools for it are installed."""
+    if options.compile is not None:
+        return options.compile
+    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def prepare_data(stage: Stage, options: TrainOptions, processes: Processes) -> Source:
+    """Open the packed data, packing raw files (or the embedded micro-world) into the run folder first.
+
+    Errors: UserError when the data is missing, unfinished, damaged, or packed for another stage.
+    """
+    folder = _packed_folder(options)
+    if folder is None:
+        folder = Path(options.save_dir) / "data"
+        if processes.rank == 0:
+            _pack_into(folder, stage, options)
+        if processes.world_size > 1:
+            torch.distributed.barrier()
+    train = PackedDataset(folder, "train")
+    if train.stage != stage.packed_as:
+        raise UserError(
+            f"{folder} was packed with --stage {train.stage}, {stage.name} needs --stage {stage.packed_as}: "
+            f"pack the data again with `minigpt data pack --stage {stage.packed_as}`"
+        )
+    if not len(train):
+        raise UserError(f"{folder} holds no training rows; pack it again with more data")
+    has_valid = bool(train.manifest["splits"].get("valid", {}).get("shards"))
+    return Source(train, PackedDataset(folder, "valid") if has_valid else None)
+
+
+def _packed_folder(options: TrainOptions) -> Path | None:
+    """The folder of `--data` when it is packed already (or is meant to be: then opening it says what is wrong)."""
+    if options.data is None or len(options.data) != 1:
+        return None
+    path = options.data[0]
+    packed = path.is_dir() and ((path / MANIFEST).exists() or (path / "train").is_dir())
+    return path if packed else None
+
+
+def _pack_into(folder: Path, stage: Stage, options: TrainOptions) -> None:
+    from data_prep.microworld import MicroWorldOptions, write_microworld
+    from data_prep.pack import PackOptions, pack
+
+    inputs = options.data
+    if inputs is None:
+        print("no --data: taking the embedded micro-world", flush=True)
+        files = write_microworld(Path(options.save_dir) / "microworld", MicroWorldOptions(seed=0, size="small"))
+        inputs = [files["pretrain" if stage.packed_as == "pretrain" else "sft"]]
+    manifest = pack(
+        PackOptions(
+            stage=stage.packed_as,  # type: ignore[arg-type]
+            input=inputs,
+            output=folder,
+            tokenizer=options.tokenizer or _tokenizer_of(options.init),
+            seq_len=options.seq_len,
+            valid_fraction=0.02,
+            overwrite=True,
+        )
+    )
+    rows = manifest["splits"]["train"]["rows"]
+    print(f"packed {rows:,} rows of {options.seq_len} tokens into {folder}", flush=True)
+
+
+def _tokenizer_of(init: Path | None) -> Path | None:
+    """The tokenizer that belongs to the weights of `--init`."""
+    if init is None:
+        return None
+    return next((f for f in (init / "hf", init) if (f / "tokenizer.json").exists()), None)
+
+
+def prepare_model(stage: Stage, options: TrainOptions, source: Source) -> tuple[MiniGPT, str]:
+    """The model to train, and in words where its weights are from.
+
+    Errors: UserError when a stage that needs weights finds none, or the tokenizers do not match.
+    """
+    init = options.init
+    if init is None and not stage.from_scratch:
+        init = newest_pretrain_run(Path(options.save_dir))
+        if init is None:
+            raise UserError(
+                f"{stage.name} starts from trained weights and there is no finished pretrain run beside "
+                f"{options.save_dir}: give one with --init RUN (first `minigpt train pretrain --save_dir RUN`)"
+            )
+        print(f"no --init: starting from the newest pretrain run, {init}", flush=True)
+    if init is not None:
+        return _load_init(init, source.train), f"from {init}"
+    return MiniGPT(new_model_config(options, source.train)), "random weights"
+
+
+def newest_pretrain_run(save_dir: Path) -> Path | None:
+    """The pretrain run that was finished last among the neighbours of `save_dir`."""
+    import json
+
+    finished = []
+    for path in save_dir.resolve().parent.glob("*/summary.json"):
+        try:
+            stage = json.loads(path.read_text(encoding="utf-8")).get("stage")
+        except (OSError, ValueError):
+            continue
+        if stage == "pretrain":
+            finished.append((path.stat().st_mtime, path.parent))
+    return max(finished)[1] if finished else None
+
+
+def new_model_config(options: TrainOptions, data: PackedDataset) -> MiniGPTConfig:
+    """The preset with the options' overrides; the vocabulary is the tokenizer's, rounded up to a multiple of 64."""
+    preset = options.preset
+    if preset == "auto":
+        preset = "100m" if torch.cuda.is_available() else "s"
+    shape: dict[str, Any] = {
+        "vocab_size": math.ceil(data.vocab_size / 64) * 64,
+        "max_position_embeddings": max(2048, data.seq_len),
+        **PRESETS[preset],
+        **options.shape_overrides,
+    }
+    if shape["vocab_size"] < data.vocab_size:
+        raise UserError(f"--vocab_size {shape['vocab_size']} is less than the tokenizer's {data.vocab_size} entries")
+    try:
+        return MiniGPTConfig(**shape)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _load_init(init: Path, data: PackedDataset) -> MiniGPT:
+    """Weights of a run (its float32 masters) or of a Hugging Face folder, checked against the data's tokenizer."""
+    folder = init / "hf" if (init / "hf" / "config.json").exists() else init
+    if not (folder / "config.json").exists():
+        raise UserError(f"--init {init} holds no model: it must be the folder of a finished run or of a model")
+    if (folder / "tokenizer.json").exists() and tokenizer_hash(folder) != data.tokenizer_hash:
+        raise UserError(
+            f"the data in {data.folder} was packed with another tokenizer than that of {init}: "
+            f"pack it again with --tokenizer {folder}"
+        )
+    model = MiniGPT.from_pretrained(folder)
+    if data.vocab_size > model.config.vocab_size:
+        raise UserError(f"the data's tokenizer has {data.vocab_size} entries, {init} only {model.config.vocab_size}")
+    if data.seq_len > model.config.max_position_embeddings:
+        raise UserError(
+            f"rows of {data.seq_len} tokens are longer than {init} was made for "
+            f"({model.config.max_position_embeddings}); pack the data with a smaller --seq_len"
+        )
+    masters = sorted(init.glob("*.pth"), key=lambda path: path.stat().st_mtime)
+    if masters:
+        model.load_state_dict(torch.load(masters[-1], map_location="cpu", weights_only=True))
+    return model
