@@ -42,10 +42,11 @@ def chat(options: ChatOptions) -> None:
         UserError, ValueError, FileNotFoundError: one sentence, for a run that cannot be loaded.
     """
     sampling = sampling_params(options)  # wrong options are told before anything is loaded
+    from minigpt.generation.engine import stop_token_ids
     from minigpt.generation.load import load_for_inference, stage_of
 
     model, encoder = load_for_inference(options.run, options.device, options.dtype)
-    sampling = replace(sampling, stop_token_ids=tuple(model.eos_token_ids))
+    sampling = replace(sampling, stop_token_ids=stop_token_ids(model))
     terminal = Terminal(sys.stdin, sys.stdout)
     terminal.note(f"{options.run}: {model.num_parameters() / 1e6:.1f} M parameters. /help lists the commands.")
     if stage_of(options.run) == "pretrain":

@@ -83,12 +83,12 @@ def run_generate(options: GenerateOptions) -> str:
     """
     params = sampling_params(options, options.stop)  # wrong options are told before anything is loaded
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
-    from minigpt.generation.engine import stream
+    from minigpt.generation.engine import stop_token_ids, stream
     from minigpt.generation.load import load_for_inference, stage_of
     from minigpt.generation.text import StopStrings, TextStream
 
     model, encoder = load_for_inference(options.run, options.device, options.dtype)
-    params = replace(params, stop_token_ids=tuple(model.eos_token_ids))
+    params = replace(params, stop_token_ids=stop_token_ids(model))
     if options.chat == "on" or (options.chat == "auto" and stage_of(options.run) != "pretrain"):
         system = [{"role": "system", "content": options.system}] if options.system else []
         messages = [*system, {"role": "user", "content": prompt}]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -85,34 +85,31 @@ def generate(
     Raises:
         ValueError: for an empty or too long prompt, ids outside the vocabulary, or stop strings without `decode`.
     """
-    prompts = _checked_prompts(prompts, model.config)
-    rows = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-    streams = list(range(len(prompts))) if sequence_ids is None else list(sequence_ids)
-    if len(rows) != len(prompts) or len(streams) != len(prompts):
+    checked = _checked_prompts(prompts, model.config)
+    rows = [params] * len(checked) if isinstance(params, SamplingParams) else list(params)
+    streams = list(range(len(checked))) if sequence_ids is None else list(sequence_ids)
+    if len(rows) != len(checked) or len(streams) != len(checked):
         raise ValueError(
-            f"{len(prompts)} prompts but {len(rows)} params and {len(streams)} sequence ids; give one each"
+            f"{len(checked)} prompts but {len(rows)} params and {len(streams)} sequence ids; give one each"
         )
     if decode is None and any(p.stop for p in rows):
         raise ValueError(
             "stop strings are given without a decode function; pass decode= (for example ChatEncoder.decode)"
         )
-
-    completions: list[Completion | None] = [None] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours pad each other least
+    completions: dict[int, Completion] = {}
+    by_length = sorted(range(len(checked)), key=lambda i: len(checked[i]))  # neighbours pad each other least
     with _evaluating(model):
         for first in range(0, len(by_length), batch_size):
             chosen = by_length[first : first + batch_size]
-            batch = _Batch(model, *([x[i] for i in chosen] for x in (prompts, rows, streams)), log_probs=log_probs)
-            watchers = {i: _StopWatcher(decode, rows[c].stop) for i, c in enumerate(chosen) if decode and rows[c].stop}
-            _run(batch, watchers, (lambda row, token, c=chosen: on_token(c[row], token)) if on_token else None)
-            for i, completion in zip(chosen, batch.completions(), strict=True):
-                completions[i] = completion
-            for row, watcher in watchers.items():
-                completions[chosen[row]].text = watcher.text()  # type: ignore[union-attr]
-    for completion, p in zip(completions, rows, strict=True):
-        if decode is not None and completion.text is None:
-            completion.text = decode(_without_stop_token(completion, p))
-    return completions  # type: ignore[return-value]
+            batch = _Batch(
+                model,
+                [checked[i] for i in chosen],
+                [rows[i] for i in chosen],
+                [streams[i] for i in chosen],
+                log_probs=log_probs,
+            )
+            completions |= zip(chosen, _run(batch, chosen, decode, on_token), strict=True)
+    return [completions[i] for i in range(len(checked))]
 
 
 def stream(model: MiniGPT, prompt_ids: Sequence[int], params: SamplingParams, *, sequence_id: int = 0) -> Iterator[int]:
@@ -179,7 +176,7 @@ def generate_ids(
     if do_sample is None:
         do_sample = temperature != 0 and any(option is not None for option in (temperature, top_k, top_p, min_p))
     if eos_token_id is None:
-        eos_token_id = getattr(model, "eos_token_ids", None) or END_IDS
+        eos_token_id = stop_token_ids(model)
     eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -200,8 +197,15 @@ def generate_ids(
     return torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
 
-def _run(batch: _Batch, watchers: dict[int, _StopWatcher], on_token: OnToken | None) -> None:
-    """Decodes until every sequence has ended."""
+def stop_token_ids(model: MiniGPT) -> tuple[int, ...]:
+    """The ids that end an answer of this model: those it was loaded with, or else those of MiniGPT's own tokenizer."""
+    loaded: Any = getattr(model, "eos_token_ids", None)
+    return tuple(loaded) if loaded else END_IDS
+
+
+def _run(batch: _Batch, prompts: list[int], decode: Decode | None, on_token: OnToken | None) -> list[Completion]:
+    """Decodes until every sequence has ended; `prompts` are the numbers that the callback knows them by."""
+    watchers = {i: _StopWatcher(decode, p.stop) for i, p in enumerate(batch.params) if decode and p.stop}
     batch.prefill()
     while True:
         before = list(batch.alive)
@@ -209,12 +213,20 @@ def _run(batch: _Batch, watchers: dict[int, _StopWatcher], on_token: OnToken | N
         if watchers or on_token:
             for sequence, alive, token in zip(batch.sequence, before, batch.last_ids_B.tolist(), strict=True):
                 if alive and on_token:
-                    on_token(sequence, token)
-                if alive and sequence in watchers and watchers[sequence].push(token):
+                    on_token(prompts[sequence], token)
+                is_text = alive and token not in batch.params[sequence].stop_token_ids
+                if is_text and sequence in watchers and watchers[sequence].push(token):
                     batch.finish([sequence], "stop")
         if not any(batch.alive):
-            return
+            break
         batch.forward()
+    completions = batch.completions()
+    for i, completion in enumerate(completions):
+        if i in watchers:
+            completion.text = watchers[i].text()
+        elif decode is not None:
+            completion.text = decode(_without_stop_token(completion, batch.params[i]))
+    return completions
 
 
 class _StopWatcher:
@@ -308,6 +320,8 @@ class _Batch:
         self.last_ids_B = draw.ids
         self.new_ids[self.sequence_B, self.step] = draw.ids
         if self.log_probs is not None:
+            assert draw.log_probs is not None
+            assert draw.behaviour_log_probs is not None
             self.log_probs[0, self.sequence_B, self.step] = draw.log_probs
             self.log_probs[1, self.sequence_B, self.step] = draw.behaviour_log_probs
         if self.seen_BV is not None:

@@ -155,19 +155,16 @@ def filter_logits(logits_BV: torch.Tensor, params: SamplingTensors) -> torch.Ten
 
 def _nucleus_threshold(logits_BV: torch.Tensor, top_p_B1: torch.Tensor) -> torch.Tensor:
     """The smallest logit of each row's nucleus [B, 1]; -inf where top_p is 1."""
-    V = logits_BV.shape[1]
-    log_total = logits_BV.double().logsumexp(1, keepdim=True)
-    candidates = min(V, NUCLEUS_CANDIDATES)
-    while True:
-        best = torch.topk(logits_BV, candidates).values  # sorted, greatest first
-        cumulative = (best.double() - log_total).exp().cumsum(1)
-        reached = cumulative >= top_p_B1
-        if candidates == V or bool((reached[:, -1:] | (top_p_B1 >= 1.0)).all()):
-            break
-        candidates = V
+    log_total = logits_BV.logsumexp(1, keepdim=True)
+    off = top_p_B1 >= 1.0
+    best = torch.topk(logits_BV, min(logits_BV.shape[1], NUCLEUS_CANDIDATES)).values  # sorted, greatest first
+    reached = (best - log_total).exp().cumsum(1, dtype=torch.float64) >= top_p_B1
+    if not bool((reached[:, -1:] | off).all()):
+        best = logits_BV.sort(1, descending=True).values
+        reached = (best - log_total).exp().cumsum(1, dtype=torch.float64) >= top_p_B1
     # the first token whose cumulative sum reaches top_p is the last of the nucleus; rounding may leave none: take all
-    last = (~reached).sum(1, keepdim=True).clamp(max=candidates - 1)
-    return torch.where(top_p_B1 >= 1.0, -math.inf, best.gather(1, last))
+    last = (~reached).sum(1, keepdim=True).clamp(max=best.shape[1] - 1)
+    return torch.where(off, -math.inf, best.gather(1, last))
 
 
 def draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
@@ -180,7 +177,7 @@ def draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 [B].
     """
-    cumulative = logits_BV.softmax(1).double().cumsum(1)
+    cumulative = logits_BV.softmax(1).cumsum(1, dtype=torch.float64)
     target = uniforms_B[:, None] * cumulative[:, -1:]
     # right=True: the first token whose cumulative sum lies above the target, so one of probability 0 is never met
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)

@@ -189,6 +189,14 @@ def test_stop_token_is_in_the_ids_but_not_in_the_text(model):
     assert completion == Completion(ids=free[: first + 1], finish_reason="stop", text=letters(free[:first]))
 
 
+def test_stop_token_is_not_in_the_text_of_a_request_with_stop_strings_either(model):
+    prompt = prompts_of([6])[0]
+    free = greedy_without_cache(model, prompt, 30, set())
+    stop = free[12]
+    params = SamplingParams(max_new_tokens=30, temperature=0, stop_token_ids=(stop,), stop=("never",))
+    assert generate(model, [prompt], params, decode=letters)[0].text == letters(free[: free.index(stop)])
+
+
 def test_stop_strings_without_decode_are_refused(model):
     with pytest.raises(ValueError, match="decode"):
         generate(model, [[1]], SamplingParams(stop=("x",)))
