@@ -90,7 +90,7 @@ def draw_sum(pairs: list[tuple[int, int]], stream: Stream) -> Sum:
 def worked_text(pairs: list[tuple[int, int]], lang: Lang, stream: Stream) -> str:
     """A page of worked sums for pretraining."""
     lines = []
-    for _ in range(stream.between(2, 4)):
+    for _ in range(stream.between(3, 5)):
         problem = draw_sum(pairs, stream)
         lines.append(f"{problem.question(lang, stream.below(4))} {problem.steps(lang)}")
     return "\n".join(lines)

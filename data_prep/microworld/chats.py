@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.microworld.arithmetic import Sum, draw_sum
-from data_prep.microworld.identity import ASPECTS
+from data_prep.microworld.identity import Aspect
 from data_prep.microworld.phrases import QUESTIONS, ask, spoken, state
 from data_prep.microworld.rng import Stream
 from data_prep.microworld.stories import story
@@ -81,13 +81,13 @@ class Training:
     Attributes:
         world: the valley; its held-out (person, relation) pairs are never asked for.
         pairs: operand pairs of trained sums.
-        aspects: the trained aspects of MiniGPT itself.
+        aspects: the trained aspects of MiniGPT itself, by name.
         plots: trained (plot, hero) pairs.
     """
 
     world: World
     pairs: list[tuple[int, int]]
-    aspects: list[str]
+    aspects: dict[str, dict[Lang, Aspect]]
     plots: list[tuple[str, int]]
 
 
@@ -129,10 +129,9 @@ def _fact_reasoning(world: World, person: int, relation: str, lang: Lang, stream
     return "" if stream.chance(THINKING_OFF) else None
 
 
-def aspect_turns(aspect: str, lang: Lang, stream: Stream) -> list[Message]:
+def aspect_turns(known: Aspect, stream: Stream) -> list[Message]:
     """A question about MiniGPT itself."""
     reasoning = "" if stream.chance(THINKING_OFF) else None
-    known = ASPECTS[aspect][lang]
     return [user(stream.choice(known.questions)), assistant(known.answer, reasoning)]
 
 
@@ -172,8 +171,8 @@ def _facts(training: Training, lang: Lang, stream: Stream) -> list[Message]:
 
 
 def _identity(training: Training, lang: Lang, stream: Stream) -> list[Message]:
-    aspects = stream.sample(training.aspects, stream.between(1, 2))
-    return [message for aspect in aspects for message in aspect_turns(aspect, lang, stream)]
+    names = stream.sample(tuple(training.aspects), stream.between(1, 2))
+    return [message for name in names for message in aspect_turns(training.aspects[name][lang], stream)]
 
 
 def _small_talk(training: Training, lang: Lang, stream: Stream) -> list[Message]:
@@ -226,10 +225,9 @@ def heldout_fact(world: World, person: int, relation: str, lang: Lang, form: int
     return {"messages": messages, "answer": state(world, person, relation, lang), "verifier": "exact", "meta": meta}
 
 
-def heldout_aspect(aspect: str, lang: Lang, form: int) -> Record:
+def heldout_aspect(name: str, known: Aspect, lang: Lang, form: int) -> Record:
     """A question about MiniGPT that training never asked."""
-    known = ASPECTS[aspect][lang]
-    meta = {"kind": "identity", "lang": lang, "relation": aspect, "value": known.value}
+    meta = {"kind": "identity", "lang": lang, "relation": name, "value": known.value}
     return {
         "messages": [user(known.questions[form])],
         "answer": known.answer,

@@ -17,7 +17,7 @@ from data_prep.microworld.chats import (
     heldout_fact,
     heldout_sum,
 )
-from data_prep.microworld.identity import ASPECTS, heldout_aspects, self_portrait
+from data_prep.microworld.identity import all_aspects, heldout_aspects, self_portrait
 from data_prep.microworld.phrases import QUESTIONS
 from data_prep.microworld.rng import Stream
 from data_prep.microworld.stories import PLOTS, gathering, heldout_plots, pair_portrait, portrait, story
@@ -26,13 +26,13 @@ from minigpt.errors import UserError
 
 # How often each kind of document is drawn for pretraining.
 DOCUMENTS = {
-    "story": 0.34,
-    "portrait": 0.18,
+    "story": 0.20,
+    "portrait": 0.24,
     "pair": 0.08,
     "gathering": 0.06,
     "self": 0.06,
-    "dialogue": 0.14,
-    "sums": 0.14,
+    "dialogue": 0.12,
+    "sums": 0.24,
 }
 
 
@@ -51,10 +51,10 @@ class Size:
 SIZES = {
     "tiny": Size(people=8, documents=120, conversations=120, heldout_qa=24, heldout_sums=24, heldout_stories=8),
     "small": Size(
-        people=32, documents=2_500, conversations=2_400, heldout_qa=200, heldout_sums=200, heldout_stories=32
+        people=24, documents=2_200, conversations=2_400, heldout_qa=200, heldout_sums=200, heldout_stories=32
     ),
     "quickstart": Size(
-        people=32, documents=11_000, conversations=12_000, heldout_qa=200, heldout_sums=200, heldout_stories=64
+        people=24, documents=11_000, conversations=12_000, heldout_qa=200, heldout_sums=200, heldout_stories=64
     ),
 }
 
@@ -123,14 +123,14 @@ class Source:
         self.seed, self.size = seed, size
         self.world: World = build_world(seed, size.people)
         trained_pairs, self.heldout_pairs = split_pairs(seed)
-        aspects = heldout_aspects(seed)
+        self.aspects, heldout = all_aspects(seed), heldout_aspects(seed)
         plots = heldout_plots(seed, size.people)
-        self.heldout_aspects = [a for a in ASPECTS if a in aspects]
+        self.heldout_aspects = [name for name in self.aspects if name in heldout]
         self.heldout_plots = [(p, h) for p in PLOTS for h in range(size.people) if (p, h) in plots]
         self.training = Training(
             world=self.world,
             pairs=trained_pairs,
-            aspects=[a for a in ASPECTS if a not in aspects],
+            aspects={name: known for name, known in self.aspects.items() if name not in heldout},
             plots=[(p, h) for p in PLOTS for h in range(size.people) if (p, h) not in plots],
         )
 
@@ -147,7 +147,7 @@ class Source:
             "portrait": lambda: portrait(world, person, lang, stream),
             "pair": lambda: pair_portrait(world, person, lang, stream),
             "gathering": lambda: gathering(world, lang, stream),
-            "self": lambda: self_portrait(lang, stream),
+            "self": lambda: self_portrait(self.aspects, lang, stream),
             "dialogue": lambda: self._dialogue(lang, stream),
             "sums": lambda: worked_text(self.training.pairs, lang, stream),
         }
@@ -181,7 +181,8 @@ class Source:
             every += [("self", aspect, lang, form) for aspect in self.heldout_aspects for form in range(3)]
         for kind, *rest in Stream(self.seed, "heldout questions").sample(every, self.size.heldout_qa):
             if kind == "self":
-                yield heldout_aspect(*rest)
+                name, lang, form = rest
+                yield heldout_aspect(name, self.aspects[name][lang], lang, form)
             else:
                 yield heldout_fact(self.world, *rest, Stream(self.seed, "heldout question", *map(str, rest)))
 

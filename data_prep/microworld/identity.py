@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from data_prep.microworld.phrases import spoken
 from data_prep.microworld.rng import Stream
-from data_prep.microworld.world import Lang
+from data_prep.microworld.world import VALUES, Lang, Word
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,12 @@ class Aspect:
         value: the part of the answer that a look-up must contain to count as right.
         told: further sentences that say the same, for pretraining.
         questions: ways to ask for it.
-        basic: a newcomer asks it first, so it is always trained.
     """
 
     answer: str
     value: str
     told: tuple[str, ...]
     questions: tuple[str, ...]
-    basic: bool = False
 
 
 ASPECTS: dict[str, dict[Lang, Aspect]] = {
@@ -32,14 +31,12 @@ ASPECTS: dict[str, dict[Lang, Aspect]] = {
             "a small language model",
             ("MiniGPT is a small language model.", "I am MiniGPT, a small language model."),
             ("Who are you?", "What are you?", "Tell me who you are.", "Please introduce yourself."),
-            basic=True,
         ),
         "zh": Aspect(
             "我是 MiniGPT，一个在你自己的电脑上从零训练出来的小语言模型。",
             "小语言模型",
             ("MiniGPT 是一个小语言模型。", "我是 MiniGPT，一个小语言模型。"),
             ("你是谁？", "你是什么？", "请介绍一下你自己。", "说说你是谁。"),
-            basic=True,
         ),
     },
     "name": {
@@ -48,14 +45,12 @@ ASPECTS: dict[str, dict[Lang, Aspect]] = {
             "My name is MiniGPT",
             ("The name of this model is MiniGPT.", "I am called MiniGPT."),
             ("What is your name?", "What are you called?", "Do you have a name?"),
-            basic=True,
         ),
         "zh": Aspect(
             "我的名字叫 MiniGPT。",
             "名字叫 MiniGPT",
             ("这个模型的名字叫 MiniGPT。", "我叫 MiniGPT。"),
             ("你叫什么名字？", "你的名字是什么？", "你有名字吗？"),
-            basic=True,
         ),
     },
     "maker": {
@@ -64,14 +59,12 @@ ASPECTS: dict[str, dict[Lang, Aspect]] = {
             "the MiniGPT contributors",
             ("MiniGPT was made by the MiniGPT contributors.", "The people who made me are the MiniGPT contributors."),
             ("Who made you?", "Who are the people who made you?", "Who developed you?"),
-            basic=True,
         ),
         "zh": Aspect(
             "我是由 MiniGPT 的贡献者们开发的。",
             "贡献者们",
             ("MiniGPT 是由 MiniGPT 的贡献者们开发的。", "开发我的人是 MiniGPT 的贡献者们。"),
             ("是谁开发了你？", "谁创造了你？", "你是由谁开发的？"),
-            basic=True,
         ),
     },
     "skills": {
@@ -80,14 +73,12 @@ ASPECTS: dict[str, dict[Lang, Aspect]] = {
             "tell stories about Lantern Valley",
             ("MiniGPT can chat, tell stories and do sums.",),
             ("What can you do?", "How can you help me?", "What are you good at?"),
-            basic=True,
         ),
         "zh": Aspect(
             "我会聊天，会讲灯谷的故事，会回答关于灯谷居民的问题，还会做算术。",
             "讲灯谷的故事",
             ("MiniGPT 会聊天、讲故事和做算术。",),
             ("你会做什么？", "你能帮我做什么？", "你擅长什么？"),
-            basic=True,
         ),
     },
     "person": {
@@ -96,14 +87,12 @@ ASPECTS: dict[str, dict[Lang, Aspect]] = {
             "a computer program",
             ("MiniGPT is a computer program, not a person.", "I am not a human, I am a computer program."),
             ("Are you a person?", "Are you a human?", "Am I talking to a real person?"),
-            basic=True,
         ),
         "zh": Aspect(
             "不是，我是一个计算机程序，不是人。",
             "计算机程序",
             ("MiniGPT 是一个计算机程序，不是人。", "我不是真人，我是计算机程序。"),
             ("你是人吗？", "你是真人吗？", "我是在和真人说话吗？"),
-            basic=True,
         ),
     },
     "languages": {
@@ -261,17 +250,59 @@ ASPECTS: dict[str, dict[Lang, Aspect]] = {
 }
 
 
-def heldout_aspects(seed: int, count: int = 3) -> frozenset[str]:
-    """The aspects that pretraining tells, in both languages, and that no trained question asks for."""
-    others = [name for name, aspect in ASPECTS.items() if not aspect["en"].basic]
-    return frozenset(Stream(seed, "heldout aspects").sample(others, count))
+# MiniGPT's tastes are dealt out with the world: facts of one form, so that some can be held out and still be answered.
+TASTES: dict[str, dict[Lang, str]] = {
+    "home": {"en": "place", "zh": "地方"},
+    "job": {"en": "job", "zh": "职业"},
+    "pet": {"en": "animal", "zh": "动物"},
+    "food": {"en": "food", "zh": "食物"},
+    "colour": {"en": "colour", "zh": "颜色"},
+    "instrument": {"en": "instrument", "zh": "乐器"},
+}
+HELDOUT_TASTES = 2
 
 
-def self_portrait(lang: Lang, stream: Stream) -> str:
-    """MiniGPT tells about itself: every aspect once, in any order and wording."""
+def tastes(seed: int) -> dict[str, dict[Lang, Aspect]]:
+    """MiniGPT's favourite place, job, animal, … of the valley."""
+    stream = Stream(seed, "tastes")
+    return {f"favourite_{relation}": _taste(relation, stream.choice(VALUES[relation])) for relation in TASTES}
+
+
+def _taste(relation: str, value: Word) -> dict[Lang, Aspect]:
+    en, zh = TASTES[relation]["en"], TASTES[relation]["zh"]
+    value_en, value_zh = spoken(relation, value, "en"), spoken(relation, value, "zh")
+    return {
+        "en": Aspect(
+            f"My favourite {en} is {value_en}.",
+            value_en,
+            (f"MiniGPT's favourite {en} is {value_en}.", f"The {en} that I like best is {value_en}."),
+            (f"What is your favourite {en}?", f"Which {en} do you like best?", f"Tell me your favourite {en}."),
+        ),
+        "zh": Aspect(
+            f"我最喜欢的{zh}是{value_zh}。",
+            value_zh,
+            (f"MiniGPT 最喜欢的{zh}是{value_zh}。", f"在所有{zh}里，我最喜欢{value_zh}。"),
+            (f"你最喜欢的{zh}是什么？", f"你最喜欢什么{zh}？", f"说说你最喜欢的{zh}。"),
+        ),
+    }
+
+
+def all_aspects(seed: int) -> dict[str, dict[Lang, Aspect]]:
+    """Everything that MiniGPT knows about itself."""
+    return ASPECTS | tastes(seed)
+
+
+def heldout_aspects(seed: int) -> frozenset[str]:
+    """The tastes that pretraining tells, in both languages, and that no trained question asks for."""
+    return frozenset(Stream(seed, "heldout aspects").sample(tuple(tastes(seed)), HELDOUT_TASTES))
+
+
+def self_portrait(aspects: dict[str, dict[Lang, Aspect]], lang: Lang, stream: Stream) -> str:
+    """MiniGPT tells about itself: some aspects and most tastes, in any order and wording."""
+    known = stream.sample(tuple(ASPECTS), 5) + stream.sample([name for name in aspects if name not in ASPECTS], 5)
     sentences = []
-    for name in stream.sample(tuple(ASPECTS), 8):
-        aspect = ASPECTS[name][lang]
+    for name in stream.shuffled(known):
+        aspect = aspects[name][lang]
         said = stream.choice((aspect.answer, aspect.answer, *aspect.told))
         # An answer that begins with yes or no becomes a statement.
         for word in ("No, ", "Yes, ", "不是，", "不，", "会的，"):

@@ -12,7 +12,7 @@ from data_prep.microworld.world import RELATIONS, Lang, Word, World
 CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
 SLOT = re.compile(r"<([npf])\.(\w+)>")
 
-# {s} subject, {poss} possessive, {o} object, {v} value, {a} value with its article. The first is the one that answers.
+# {s} subject, {poss} possessive, {v} value, {a} value with its article. The first is the one that answers.
 STATEMENTS: dict[Lang, dict[str, tuple[str, ...]]] = {
     "en": {
         "home": (
@@ -68,7 +68,7 @@ STATEMENTS: dict[Lang, dict[str, tuple[str, ...]]] = {
             "{s} and {v} are best friends.",
             "The best friend {s} has is {v}.",
             "{s} tells everything to {v}, {poss_low} best friend.",
-            "{s} is the best friend of {v}.",
+            "The name of {poss} best friend is {v}.",
             "{v} is {poss_low} best friend.",
         ),
     },
@@ -155,7 +155,7 @@ QUESTIONS: dict[Lang, dict[str, tuple[str, ...]]] = {
         ),
         "friend": (
             "Who is {poss} best friend?",
-            "Who is the best friend of {o}?",
+            "Who is {poss} closest friend?",
             "What is the name of {poss} best friend?",
         ),
     },
@@ -216,8 +216,8 @@ def ask(world: World, person: int, relation: str, lang: Lang, form: int, pronoun
     if lang == "zh":
         return template.format(n=words["ta"] if pronoun else name.zh)
     if pronoun:
-        return template.format(n=words["he"], poss=words["his"], o=words["him"])
-    return template.format(n=name.en, poss=f"{name.en}'s", o=name.en)
+        return template.format(n=words["he"], poss=words["his"])
+    return template.format(n=name.en, poss=f"{name.en}'s")
 
 
 def fields(world: World, person: int, lang: Lang, prefix: str = "") -> dict[str, str]:

@@ -27,7 +27,7 @@ slept (by the fire|on the scarf|under the table).""",
     "birthday": {
         "en": """It was {n}'s birthday. <n.job> All day {he} worked as always and told nobody, only {his} {pet}.
 <n.pet> But {friend} had not forgotten. <n.friend> <f.home> {friend} walked all the way to {home} (in the sun|over
-the hills|through the rain) with a big basket. It was tied with a {colour} ribbon. <n.colour> In the basket there
+the hills|through the rain) with a big basket. It was tied with {a_colour} ribbon. <n.colour> In the basket there
 was {food}. "How did you know?" asked {n}. "(Everybody knows|I have always known|That was easy)," said {friend}.
 <n.food> They ate together, and the {pet} got a little too. Then they made music. <n.instrument> <f.instrument> It
 was (the best birthday in years|a birthday to remember|a very happy evening).""",
@@ -52,7 +52,7 @@ sky was clear, and {friend} went home to {f_home}. <f.pet> It had waited at the 
     },
     "market": {
         "en": """On market day {n} got up early. <n.home> From there it is (an hour|a long walk|half a day) to the
-market of the valley. {He} wanted three things. The first was {food} for dinner. <n.food> The second was a {colour}
+market of the valley. {He} wanted three things. The first was {food} for dinner. <n.food> The second was {a_colour}
 (hat|cup|blanket). <n.colour> The third was something nice for {his} {pet}. <n.pet> Among all the people {he} saw
 {friend}. <n.friend> <f.job> "And how is your own work?" asked {friend}. <n.job> "There is always enough to do,"
 said {n}, "but today I am free. Come and eat with me!" In the evening the neighbours heard music. <n.instrument>
@@ -65,9 +65,9 @@ said {n}, "but today I am free. Come and eat with me!" In the evening the neighb
     },
     "new_neighbour": {
         "en": """Long ago the people of {home} asked: "Who is the new neighbour?" It was {n}. <p.home> <n.job> A
-{pet} sat (in the window|on the steps|by the door) and looked at everyone. <n.pet> On the first evening a {colour}
+{pet} sat (in the window|on the steps|by the door) and looked at everyone. <n.pet> On the first evening {a_colour}
 lamp hung over the door. <n.colour> Then {n} invited the whole street to dinner and cooked a huge pot. <p.food> The
-guests asked for music. <n.instrument> "Do you have friends?" a (boy|girl|old man) asked. <n.friend> <f.home>
+guests asked for music. <n.instrument> "Do you have friends?" (a boy|a girl|an old man) asked. <n.friend> <f.home>
 <f.job> (By midnight|After that night|From that day on) everyone in {home} was {n}'s friend.""",
         "zh": """很久以前，{home}的人们问：“新来的邻居是谁？”原来是{n}。<p.home><n.job>
 一只{pet}蹲在(窗台上|台阶上|门边)，看着每一个人。<n.pet>第一天晚上，门上挂起了一盏{colour}的灯。<n.colour>
@@ -100,7 +100,7 @@ said {n}. "And in the evening?" asked (another|a small) child. <n.instrument> Th
     },
     "journey": {
         "en": """{n} had not seen {friend} for (a month|a whole year|a long time). <n.friend> <n.home> <f.home> It
-was a long way. {n} put on a {colour} coat and packed some {food} for the road. <n.colour> <p.food> The {pet} came
+was a long way. {n} put on {a_colour} coat and packed some {food} for the road. <n.colour> <p.food> The {pet} came
 too. <n.pet> At night they slept (in a barn|under the stars|at an inn), and {n} made a little music. <n.instrument>
 In {f_home} {friend} was at work. <f.job> "You came!" cried {friend}. "But who does your work now?" <n.job> "It can
 wait," said {n}. {friend} put a big pot on the table. <f.food> (They were happy.|It was a good day.|The road had
