@@ -25,7 +25,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 BATCH_CHARS = 1 << 18
-TARGETS = {"pack, 1 worker / bare": 0.85, "pack, 2 workers / 1 worker": 1.8}
+TARGETS = {
+    "pack, 1 worker / bare": "≥ 0.85",
+    "pack, 1 worker / bare, per CPU second": "≥ 0.85",
+    "pack, 2 workers / bare, per CPU second": "≥ 0.85",
+    "pack, 2 workers / 1 worker": "≥ 1.8",
+}
 
 
 def main() -> None:
@@ -86,16 +91,16 @@ def run_bare(arguments: argparse.Namespace) -> dict[str, float]:
         batches[-1].append(record["text"])
         if sum(map(len, batches[-1])) >= BATCH_CHARS:
             batches.append([])
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), _cpu_seconds()
     tokens = sum(len(encoding) for batch in batches for encoding in tokenizer.encode_batch(batch))
-    return {"tokens": tokens, "seconds": time.perf_counter() - start}
+    return {"tokens": tokens, "seconds": time.perf_counter() - start, "cpu_seconds": _cpu_seconds() - cpu}
 
 
 def run_pack(arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of packing, and the largest process's memory."""
     from data_prep.pack import PackOptions, pack
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), _cpu_seconds()
     options = PackOptions(
         stage="pretrain", input=arguments.input, output=arguments.output, workers=arguments.workers, seq_len=512
     )
@@ -105,9 +110,15 @@ def run_pack(arguments: argparse.Namespace) -> dict[str, float]:
     return {
         "tokens": manifest["tokens"]["stored"],
         "seconds": seconds,
+        "cpu_seconds": _cpu_seconds() - cpu,
         "memory_mb": max(resource.getrusage(each).ru_maxrss for each in who) / 1024,
         "fill": manifest["splits"]["train"]["fill"],
     }
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and its finished children: unlike the clock, it does not count other programs."""
+    return sum(os.times()[:4])
 
 
 TASKS = {"bare": run_bare, "pack": run_pack}
@@ -115,12 +126,19 @@ TASKS = {"bare": run_bare, "pack": run_pack}
 
 def _summarize(rounds: list[dict[str, dict[str, float]]]) -> dict:
     rates = {name: [r[name]["tokens"] / r[name]["seconds"] for r in rounds] for name in rounds[0]}
+    per_cpu = {name: [r[name]["tokens"] / r[name]["cpu_seconds"] for r in rounds] for name in rounds[0]}
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "rounds": rounds,
         "tokens_per_second": rates,
         "ratios": {
             "pack, 1 worker / bare": [p / b for p, b in zip(rates["pack_1"], rates["bare"], strict=True)],
+            "pack, 1 worker / bare, per CPU second": [
+                p / b for p, b in zip(per_cpu["pack_1"], per_cpu["bare"], strict=True)
+            ],
+            "pack, 2 workers / bare, per CPU second": [
+                p / b for p, b in zip(per_cpu["pack_2"], per_cpu["bare"], strict=True)
+            ],
             "pack, 2 workers / 1 worker": [b / a for a, b in zip(rates["pack_1"], rates["pack_2"], strict=True)],
         },
         "memory_mb": max(r[name]["memory_mb"] for r in rounds for name in ("pack_1", "pack_2")),
@@ -133,7 +151,7 @@ def _table(result: dict) -> str:
     for name, values in result["tokens_per_second"].items():
         lines.append(f"| {name}, tokens/s | " + " | ".join(f"{v:,.0f}" for v in _spread(values)) + " | |")
     for name, values in result["ratios"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{v:.2f}" for v in _spread(values)) + f" | ≥ {TARGETS[name]} |")
+        lines.append(f"| {name} | " + " | ".join(f"{v:.2f}" for v in _spread(values)) + f" | {TARGETS[name]} |")
     lines.append(f"| memory of the largest process, MB | | | {result['memory_mb']:,.0f} | ≤ 600 |")
     lines.append(f"| fill of the training rows | | {result['fill']:.3%} | | ≥ 99.5 % |")
     return "\n".join(lines)

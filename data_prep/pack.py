@@ -31,7 +31,6 @@ from data_prep.clean import SCRIPTS, ContaminationIndex, Filters, near_duplicate
 from data_prep.plan import Rows, choose_valid, first_occurrences, one_row_each, pack_whole, pack_with_splits
 from data_prep.readers import list_files, read_texts, split_into_chunks
 from data_prep.spill import MAX_EXAMPLES, Job, load_job, npy_bytes, spill_path, tokenize_chunk
-from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import (
     DEFAULT_WEIGHT_TABLE,
     FORMAT,
@@ -486,7 +485,7 @@ class _Plan:
         self.begin = _begin_in_group(self.tokens, counts)
         text_lengths = columns["text_lengths"].astype(np.int64)
         self.text = np.stack([_begin_in_group(text_lengths, counts), text_lengths], 1) if len(text_lengths) else None
-        self.vocab_size = ChatEncoder(job.tokenizer).vocab_size
+        self.vocab_size = int(columns["vocab_size"][0])
 
     def _load(self, index: int) -> dict[str, np.ndarray]:
         with np.load(spill_path(self.work, index, "meta.npz")) as stored:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from minigpt.errors import UserError
 
 BATCH_CHARS = 1 << 18  # characters in one call of the tokenizer: its results are large objects, 100 bytes a token
 MAX_EXAMPLES = 20
+_SAFE_CUT = re.compile(r"[^\W\d_](?=\W)")
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ class _Chunk:
             "text_bytes": np.array([d.text_bytes for d in self.done], dtype=np.int64),
             "text_lengths": np.array([len(text) for text in texts], dtype=np.int32),
             "signature": np.array(self.signatures, dtype=np.uint32).reshape(-1, NUM_PERM),
+            "vocab_size": np.array([self.worker.encoder.vocab_size]),
             "tally": np.array(json.dumps([self.tally.seen, self.tally.dropped, self.tally.bad], ensure_ascii=False)),
         }
         buffer = io.BytesIO()
@@ -298,9 +301,7 @@ def encode_documents(encoder: ChatEncoder, stage: str, documents: list[Document]
     if not documents:
         return
     if stage == "pretrain":
-        for document, ids in zip(documents, encoder.encode_texts([d.text for d in documents]), strict=True):
-            document.ids = np.array([*ids, encoder.eos_id], dtype=np.uint32)
-            document.parts = (len(document.ids),)
+        _encode_texts(encoder, documents)
     elif stage == "prompt":
         for document in documents:
             ids = encoder.encode_prompt(document.record["messages"], tools=document.record.get("tools"))
@@ -313,6 +314,35 @@ def encode_documents(encoder: ChatEncoder, stage: str, documents: list[Document]
         for document, (ids, codes) in zip(documents, encoder.encode_many(messages, tools=tools, **tag), strict=True):
             document.ids, document.codes = np.array(ids, dtype=np.uint32), np.array(codes, dtype=np.uint8)
             document.parts = (len(ids),)
+
+
+def _encode_texts(encoder: ChatEncoder, documents: list[Document]) -> None:
+    """Text and the end-of-text token; a very long document goes to the tokenizer in parts, for the sake of memory."""
+    long = [document for document in documents if len(document.text) > BATCH_CHARS]
+    short = [document for document in documents if len(document.text) <= BATCH_CHARS]
+    encoded = encoder.encode_texts([document.text for document in short])
+    for document, ids in zip(short, encoded, strict=True):
+        document.ids = np.array([*ids, encoder.eos_id], dtype=np.uint32)
+    for document in long:
+        parts = [np.array(encoder.encode_text(part), np.uint32) for part in split_text(document.text, BATCH_CHARS)]
+        document.ids = np.concatenate([*parts, np.array([encoder.eos_id], np.uint32)])
+    for document in documents:
+        assert document.ids is not None
+        document.parts = (len(document.ids),)
+
+
+def split_text(text: str, size: int) -> list[str]:
+    """Cut `text` into parts of about `size` characters that have the same tokens, one after the other, as the whole.
+
+    A cut between a letter and a following space or punctuation mark is also one of the split regexes of the GPT-2 and
+    Qwen2 families, which never look back.
+    """
+    parts = []
+    begin = 0
+    while (cut := _SAFE_CUT.search(text, begin + size)) is not None:
+        parts.append(text[begin : cut.end()])
+        begin = cut.end()
+    return [*parts, text[begin:]]
 
 
 def _encode_preferences(encoder: ChatEncoder, documents: list[Document]) -> None:

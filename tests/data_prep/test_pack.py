@@ -16,6 +16,7 @@ import pytest
 import minigpt
 from data_prep.pack import PackOptions, describe, pack
 from data_prep.plan import best_fit_decreasing, choose_valid, first_occurrences, pack_whole, pack_with_splits
+from data_prep.spill import split_text
 from data_prep.verify import verify
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import PackedDataset, collate
@@ -216,6 +217,34 @@ def test_prompts_keep_what_a_verifier_needs(tmp_path):
     encoder = ChatEncoder(SHIPPED)
     assert all(row.prompt_ids.tolist() == encoder.encode_prompt(row.messages) for row in rows)
     assert verify(tmp_path / "out")
+
+
+def test_a_long_text_cut_into_parts_has_the_same_tokens():
+    rng = random.Random(5)
+    encoder = ChatEncoder(SHIPPED)
+    alphabet = "ab cde  \n\n\r\t'st'll.,!?()—_-0123好天地，。「」éñ\u0301🙂"
+    for _ in range(300):
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 600)))
+        parts = split_text(text, 40)
+        assert "".join(parts) == text
+        assert [i for part in parts for i in encoder.encode_text(part)] == encoder.encode_text(text)
+    assert len(split_text("word " * 1000, 40)) > 100
+
+
+@pytest.mark.slow
+def test_the_longest_line_that_is_accepted_needs_less_than_600_mb(tmp_path):
+    source = write_texts(tmp_path / "a.jsonl", ["".join(texts(9000, 20))[:4_600_000]])
+    assert 6 << 20 < source.stat().st_size < 8 << 20
+    program = """
+import resource, sys
+from pathlib import Path
+from data_prep.pack import PackOptions, pack
+pack(PackOptions("pretrain", [Path(sys.argv[1])], Path(sys.argv[2]), workers=1))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) / 1024 < 600
 
 
 # --- what is dropped -------------------------------------------------------------------------------------------------
