@@ -231,6 +231,9 @@ class Engine:
         """Write the weights, masters and optimizer state of all ranks into `folder`. All ranks call it."""
         with _quiet():
             self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        if self.processes.rank == 0:
+            for script in folder.glob("zero_to_*.py"):  # DeepSpeed's copy of its own converters; ours is `export`
+                script.unlink()
 
     def load_state(self, folder: Path) -> None:
         """Read what `save_state` wrote, at the same world size. The files must have been verified before."""

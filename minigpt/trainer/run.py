@@ -32,7 +32,8 @@ OURS = ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", SUMMARY, "
 # Options that may differ when a run goes on: they change how fast or how far it runs, not what it computes.
 FREE_TO_CHANGE = {
     "save_dir", "data", "init", "resume", "overwrite", "threads", "log_interval", "tensorboard", "recipe",
-    "save_interval", "keep_checkpoints", "eval_interval", "eval_rows", "export_dtype", "micro_batch_size", "max_steps", "epochs",
+    "save_interval", "keep_checkpoints", "eval_interval", "eval_rows", "export_dtype", "micro_batch_size",
+    "max_steps", "epochs",
 }  # fmt: skip
 
 

@@ -66,6 +66,8 @@ def prepare_data(stage: Stage, options: TrainOptions, processes: Processes) -> S
 
     Errors: UserError when the data is missing, unfinished, damaged, or packed for another stage.
     """
+    if options.init is not None:
+        model_folder(options.init)  # a wrong path should not wait for the packing to be found out
     folder = _packed_folder(options)
     if folder is None:
         folder = Path(options.save_dir) / "data"
@@ -122,7 +124,8 @@ def _tokenizer_of(init: Path | None) -> Path | None:
     """The tokenizer that belongs to the weights of `--init`."""
     if init is None:
         return None
-    return next((f for f in (init / "hf", init) if (f / "tokenizer.json").exists()), None)
+    folder = model_folder(init)
+    return folder if (folder / "tokenizer.json").exists() else None
 
 
 def prepare_model(stage: Stage, options: TrainOptions, source: Source) -> tuple[MiniGPT, str]:
@@ -178,11 +181,17 @@ def new_model_config(options: TrainOptions, data: PackedDataset) -> MiniGPTConfi
         raise UserError(str(error)) from error
 
 
+def model_folder(init: Path) -> Path:
+    """Where `--init` keeps its config.json. Errors: UserError when there is none."""
+    for folder in (init / "hf", init):
+        if (folder / "config.json").exists():
+            return folder
+    raise UserError(f"--init {init} holds no model: it must be the folder of a finished run or of a model")
+
+
 def _load_init(init: Path, data: PackedDataset) -> MiniGPT:
     """Weights of a run (its float32 masters) or of a Hugging Face folder, checked against the data's tokenizer."""
-    folder = init / "hf" if (init / "hf" / "config.json").exists() else init
-    if not (folder / "config.json").exists():
-        raise UserError(f"--init {init} holds no model: it must be the folder of a finished run or of a model")
+    folder = model_folder(init)
     if (folder / "tokenizer.json").exists() and tokenizer_hash(folder) != data.tokenizer_hash:
         raise UserError(
             f"the data in {data.folder} was packed with another tokenizer than that of {init}: "
