@@ -262,9 +262,12 @@ def test_any_chunk_size_gives_the_same_numbered_records(kind: str, chunk_bytes: 
 
 
 def test_parquet_conversations_lose_the_nulls_that_columns_force_on_them(tmp_path: Path) -> None:
-    rows = [{"messages": [USER, THOUGHT]}, {"messages": [USER, ANSWER]}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
-    assert [record for _, record in read_all(tmp_path / "c.parquet", "sft")] == rows
+    rows = [{"messages": [USER, THOUGHT], "tools": "[]"}, {"messages": [USER, ANSWER]}, {"prompt": "Q", "response": "A"}]
+    schema = pa.Table.from_pylist(rows[:1]).schema.append(pa.field("prompt", pa.string()))
+    table = pa.Table.from_pylist(rows, schema=schema.append(pa.field("response", pa.string())))
+    pq.write_table(table, tmp_path / "c.parquet")
+    found = [record for _, record in read_all(tmp_path / "c.parquet", "sft")]
+    assert found == [{"messages": [USER, THOUGHT]}, {"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER]}]
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "\n", "\r\n\r\n", "。"])

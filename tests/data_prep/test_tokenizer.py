@@ -14,6 +14,7 @@ from data_prep.tokenizer import (
     ADDED_TOKENS,
     MAX_TOKEN_BYTES,
     SPLIT_REGEX,
+    TAG_TOKENS,
     TokenizerOptions,
     repetitions,
     tokenizer_config,
@@ -183,6 +184,8 @@ def test_training_writes_a_tokenizer_of_the_size_asked_for_and_twice_the_same(tm
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "a")
     assert len(tokenizer) == 330
     assert tokenizer.convert_tokens_to_ids("</answer>") == 6
+    added = json.loads(first)["added_tokens"]
+    assert [token["content"] for token in added if not token["special"]] == list(TAG_TOKENS)
     rng = random.Random(4)
     for text in (random_text(rng) for _ in range(200)):
         assert tokenizer.decode(tokenizer.encode(text)) == text
