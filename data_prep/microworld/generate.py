@@ -184,7 +184,9 @@ class Source:
                 name, lang, form = rest
                 yield heldout_aspect(name, self.aspects[name][lang], lang, form)
             else:
-                yield heldout_fact(self.world, *rest, Stream(self.seed, "heldout question", *map(str, rest)))
+                person, relation, lang, form = rest
+                stream = Stream(self.seed, "heldout question", person, relation, lang, form)
+                yield heldout_fact(self.world, person, relation, lang, form, stream)
 
     def heldout_sums(self) -> Iterator[Record]:
         """Sums over held-out operand pairs."""
