@@ -115,6 +115,14 @@ def test_batch_mates_with_other_filters_change_nothing(model):
     assert mixed[2].ids == greedy_without_cache(model, prompts[2], 7, set())
 
 
+def test_a_long_row_that_ended_stands_still_while_short_ones_go_on(model):
+    """It stays in the batch until half of it has ended, and must not walk out of the cache or disturb the others."""
+    prompts = prompts_of([120, 3, 5])
+    params = [SamplingParams(max_new_tokens=n, temperature=0) for n in (2, 100, 110)]
+    for prompt, p, completion in zip(prompts, params, generate(model, prompts, params), strict=True):
+        assert completion.ids == greedy_without_cache(model, prompt, p.max_new_tokens, set())
+
+
 def test_seeds_and_sequences_differ_and_repeat(model):
     prompts = prompts_of([9]) * 4
     params = SamplingParams(max_new_tokens=30, seed=1)
