@@ -167,6 +167,7 @@ def test_equal_answers_and_answers_that_share_a_turn_still_have_a_prompt() -> No
         ({"messages": [USER], "answer": 7, "verifier": "math"}, {"answer": "7", "verifier": "math", "meta": {}}),
         ({"messages": [USER], "meta": {"n": 1}}, {"answer": "", "verifier": "none", "meta": {"n": 1}}),
         ({"conversations": [USER, ANSWER]}, {"answer": "A", "verifier": "none", "meta": {}}),
+        ({"messages": [USER], "answer": None, "meta": None}, {"answer": "", "verifier": "none", "meta": {}}),
     ],
 )
 def test_prompt_layouts(raw: dict, record: dict) -> None:
@@ -262,7 +263,11 @@ def test_any_chunk_size_gives_the_same_numbered_records(kind: str, chunk_bytes: 
 
 
 def test_parquet_conversations_lose_the_nulls_that_columns_force_on_them(tmp_path: Path) -> None:
-    rows = [{"messages": [USER, THOUGHT], "tools": "[]"}, {"messages": [USER, ANSWER]}, {"prompt": "Q", "response": "A"}]
+    rows = [
+        {"messages": [USER, THOUGHT], "tools": "[]"},
+        {"messages": [USER, ANSWER]},
+        {"prompt": "Q", "response": "A"},
+    ]
     schema = pa.Table.from_pylist(rows[:1]).schema.append(pa.field("prompt", pa.string()))
     table = pa.Table.from_pylist(rows, schema=schema.append(pa.field("response", pa.string())))
     pq.write_table(table, tmp_path / "c.parquet")
