@@ -27,6 +27,9 @@ import torch
 from torch import nn
 
 from minigpt.errors import UserError
+from minigpt.model.model_minigpt import LMHead
+
+from .muon import MUON, MuonWithAdamW
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -98,8 +101,9 @@ class Engine:
         processes: From `init_processes`.
         dtype: torch.bfloat16 (with float32 masters and accumulation) or torch.float32.
         learning_rate: First learning rate; `step` sets it anew each time.
+        optimizer_name: "adamw", "muon", or "auto": Muon wherever it works, that is up to ZeRO stage 2.
         betas: Of AdamW.
-        weight_decay: Of AdamW, on matrices but not on embeddings, norms and biases.
+        weight_decay: On matrices but not on embeddings, norms and biases.
         grad_clip: Largest global gradient norm; 0: no clipping.
         config: A DeepSpeed JSON file; None: ZeRO stage 1.
         compile: Whether to `torch.compile` the module.
@@ -112,6 +116,7 @@ class Engine:
         *,
         dtype: torch.dtype,
         learning_rate: float,
+        optimizer_name: str = "adamw",
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         grad_clip: float = 1.0,
@@ -128,7 +133,7 @@ class Engine:
         module = module.to(self.device)
         masters = {name: p.detach().float().cpu().clone() for name, p in module.named_parameters()}
         module = module.to(dtype)
-        optimizer = torch.optim.AdamW(parameter_groups(module, weight_decay), lr=learning_rate, betas=betas, fused=True)
+        optimizer = self._make_optimizer(module, optimizer_name, learning_rate, betas, weight_decay, dtype)
         if self.zero_stage == 0:
             self._guard = _Stage0Guard(optimizer, grad_clip)
         with _quiet():
@@ -139,6 +144,25 @@ class Engine:
         self._set_masters(masters)
         if compile:
             self._engine.compile()
+
+    def _make_optimizer(
+        self,
+        module: nn.Module,
+        name: str,
+        learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        dtype: torch.dtype,
+    ) -> torch.optim.Optimizer:
+        sliced_per_matrix = self.zero_stage == 3 or "offload_optimizer" in self.config["zero_optimization"]
+        if name == "muon" and sliced_per_matrix:
+            raise UserError("--optimizer muon works with ZeRO stages 0 to 2 without offload; take --optimizer adamw")
+        groups = parameter_groups(module, weight_decay)
+        self.optimizer_name = "adamw" if name == "adamw" or sliced_per_matrix else "muon"
+        if self.optimizer_name == "adamw":
+            return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+        groups[0][MUON] = True
+        return MuonWithAdamW(groups, lr=learning_rate, betas=betas, compute_dtype=dtype)
 
     @property
     def module(self) -> nn.Module:
@@ -262,8 +286,8 @@ class _Stage0Guard:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay; norms, biases and embeddings do not."""
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    """Trainable parameters in two groups: matrices decay; norms, biases, embeddings and the output layer do not."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, LMHead))}
     trainable = [p for p in module.parameters() if p.requires_grad]
     decay = [p for p in trainable if p.dim() >= 2 and id(p) not in embeddings]
     chosen = {id(p) for p in decay}

@@ -146,6 +146,7 @@ class _Trainer:
             self.processes,
             dtype=dtype,
             learning_rate=options.learning_rate,
+            optimizer_name=options.optimizer,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
             grad_clip=options.grad_clip,
@@ -349,7 +350,8 @@ class _Trainer:
         kind = str(dtype).removeprefix("torch.")
         compiled = ", compiled" if self.engine.compiled else ""
         size = f"{self.model.num_parameters() / 1e6:.2f}M parameters ({self.origin})"
-        return f"{size}; {rows}; global batch {batch}; {steps}; {kind}{compiled}, ZeRO stage {self.engine.zero_stage}"
+        how = f"{kind}{compiled}, {self.engine.optimizer_name}, ZeRO stage {self.engine.zero_stage}"
+        return f"{size}; {rows}; global batch {batch}; {steps}; {how}"
 
 
 def micro_batch_size(options: TrainOptions, processes: Processes, seq_len: int) -> int:

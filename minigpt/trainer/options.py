@@ -32,12 +32,14 @@ class TrainOptions:
         max_steps: Optimizer steps; overrides epochs.
         global_batch_size: Rows of packed tokens per optimizer step over all devices (--batch_size is the same).
         micro_batch_size: Rows in one forward pass of one device. None: as many as fit a sensible pass.
+        optimizer: adamw; muon: orthogonalised momentum for the matrices, AdamW for the rest, learns much faster;
+            auto: muon up to ZeRO stage 2, adamw at stage 3.
         learning_rate: Peak learning rate.
         schedule: How the rate falls after the warm-up: cosine, wsd (constant, then linear over the last fifth),
             constant.
         min_lr_ratio: The rate at the end, as a fraction of the peak.
         warmup_ratio: Fraction of the steps over which the rate rises linearly from 0.
-        weight_decay: AdamW's decoupled decay; norms, biases and embeddings are exempt.
+        weight_decay: Decoupled decay of the matrices; norms, biases and embeddings are exempt.
         beta1: AdamW's first-moment decay.
         beta2: AdamW's second-moment decay.
         grad_clip: Largest global gradient norm; 0 switches clipping off.
@@ -78,6 +80,7 @@ class TrainOptions:
     max_steps: int | None = None
     global_batch_size: int = 16
     micro_batch_size: int | None = None
+    optimizer: Literal["auto", "adamw", "muon"] = "auto"
     learning_rate: float = 3e-3
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     min_lr_ratio: float = 0.1
