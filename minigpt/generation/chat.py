@@ -6,7 +6,6 @@ Ctrl-C stops the answer, never the program; Ctrl-D or /exit ends it. Works with 
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TextIO
 
 from minigpt.generation.command import ModelOptions, sampling_params, thinking_switch
+from minigpt.generation.text import printable
 
 if TYPE_CHECKING:
     from minigpt.dataset.chat import ChatEncoder
@@ -26,7 +26,6 @@ HELP = """/reset              forget the conversation
 /help               this list
 /exit               leave (or Ctrl-D)
 Ctrl-C stops an answer."""
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not steer the terminal
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -36,7 +35,7 @@ class ChatOptions(ModelOptions):
 
 
 def chat(options: ChatOptions) -> None:
-    """Talks until /exit or the end of the input.
+    """Talk to a model in the terminal, until /exit or the end of the input.
 
     Raises:
         UserError, ValueError, FileNotFoundError: one sentence, for a run that cannot be loaded.
@@ -83,7 +82,7 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """Prints text of a model or of ours at once."""
-        self._stdout.write(CONTROL_CHARACTERS.sub("", text))
+        self._stdout.write(printable(text))
         self._stdout.flush()
 
     def thinking(self, on: bool) -> None:

@@ -75,7 +75,7 @@ def sampling_params(options: ModelOptions, stop: Sequence[str] = ()) -> Sampling
 
 
 def run_generate(options: GenerateOptions) -> str:
-    """Prints the continuation as it comes, returns it.
+    """Answer a prompt, or continue a text, on standard output; the text is returned as well.
 
     Raises:
         UserError, ValueError, FileNotFoundError: one sentence, for a run that cannot be loaded or a prompt that is too
@@ -85,7 +85,7 @@ def run_generate(options: GenerateOptions) -> str:
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
     from minigpt.generation.engine import stop_token_ids, stream
     from minigpt.generation.load import load_for_inference, stage_of
-    from minigpt.generation.text import StopStrings, TextStream
+    from minigpt.generation.text import StopStrings, TextStream, printable
 
     model, encoder = load_for_inference(options.run, options.device, options.dtype)
     params = replace(params, stop_token_ids=stop_token_ids(model))
@@ -100,7 +100,7 @@ def run_generate(options: GenerateOptions) -> str:
 
     def show(text: str) -> None:
         parts.append(text)
-        print(text, end="", flush=True)
+        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     for token in stream(model, prompt_ids, params):
         if token not in params.stop_token_ids:

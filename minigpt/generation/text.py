@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Decode = Callable[[Sequence[int]], str]
+
+
+def printable(text: str) -> str:
+    """The text without control characters but tab and line break: what a model says must not steer a terminal."""
+    return CONTROL_CHARACTERS.sub("", text)
 
 
 class TextStream:
