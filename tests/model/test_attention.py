@@ -1,0 +1,180 @@
+"""Attention: every backend is the formula in float64, and documents in one row do not know of each other."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minigpt.model.attention import (
+    AttentionPattern,
+    attention,
+    boundaries,
+    cached_pattern,
+    choose_backend,
+    packed_pattern,
+)
+
+BACKENDS = ("varlen", "sdpa")
+# Documents of two rows, in tokens: of one token, of many, and padding (-1) at the end of the second row.
+DOCUMENT_LENGTHS = ((5, 1, 18), (11, 6))
+T = 24
+
+
+def document_ids(lengths=DOCUMENT_LENGTHS, row_length=T) -> torch.Tensor:
+    """[B, T], documents numbered from 0 in each row, padding -1."""
+    ids = torch.full((len(lengths), row_length), -1, dtype=torch.int32)
+    for row, row_lengths in zip(ids, lengths, strict=True):
+        start = 0
+        for number, length in enumerate(row_lengths):
+            row[start : start + length] = number
+            start += length
+    return ids
+
+
+def random_qkv(dtype, heads=(4, 2), head_dim=8, row_length=T, rows=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(rows, h, row_length, head_dim) for h in (heads[0], heads[1], heads[1])]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def formula(q, k, v, ids):
+    """The definition, one query at a time in float64: softmax over the earlier keys of its own document."""
+    groups = q.shape[1] // k.shape[1]
+    out = []
+    for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        seen = [s for s in range(t + 1) if ids[b, s] == ids[b, t]]
+        scores = torch.stack([q[b, h, t] @ k[b, h // groups, s] for s in seen]) / q.shape[-1] ** 0.5
+        out.append(scores.softmax(0) @ v[b, h // groups, seen])
+    return torch.stack(out).view(q.shape)
+
+
+def output_and_gradients(compute, tensors):
+    out = compute(*tensors)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
+
+
+def relative_error(found, expected) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["multi-head", "grouped", "multi-query"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_every_backend_is_the_formula_in_output_and_gradient(backend, heads):
+    ids = document_ids()
+    expected = output_and_gradients(lambda *qkv: formula(*qkv, ids), random_qkv(torch.float64, heads))
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        pattern = packed_pattern(ids, dtype, backend)
+        found = output_and_gradients(lambda *qkv, p=pattern: attention(*qkv, p), random_qkv(dtype, heads))
+        for name, ours, reference in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+            assert ours.dtype == dtype
+            assert relative_error(ours, reference) < tolerance, (name, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_document_changes_nothing_not_even_a_bit(backend, dtype):
+    """Everything of document 1 of row 0 is replaced, by infinities too: the rest keeps its bits, gradients included."""
+    lengths = ((5, 7, 12),)
+    pattern = packed_pattern(document_ids(lengths), dtype, backend)
+    others = [0, 1, 2, 3, 4, *range(12, 24)]
+    compute = lambda q, k, v: attention(q, k, v, pattern)[:, :, others]  # noqa: E731
+    first = output_and_gradients(compute, random_qkv(dtype, rows=1))
+    changed = random_qkv(dtype, rows=1)
+    for x, noise in zip(changed, random_qkv(dtype, rows=1, seed=1), strict=True):
+        x.data[:, :, 5:12] = 100 * noise.data[:, :, 5:12]
+    second = output_and_gradients(compute, changed)
+    assert torch.equal(first[0], second[0])
+    for a, b in zip(first[1:], second[1:], strict=True):
+        assert torch.equal(a[:, :, others], b[:, :, others])
+        assert not b[:, :, 5:12].any(), "what is not asked for has no gradient"
+
+
+def test_the_future_is_not_seen():
+    for backend in (*BACKENDS, "reference"):
+        pattern = packed_pattern(document_ids(((T,),)), torch.float32, backend)
+        q, k, v = random_qkv(torch.float32, rows=1)
+        before = attention(q, k, v, pattern)
+        k.data[:, :, 15:], v.data[:, :, 15:] = 7.0, -7.0
+        after = attention(q, k, v, pattern)
+        assert torch.equal(before[:, :, :15], after[:, :, :15]), backend
+        assert not torch.equal(before[:, :, 15:], after[:, :, 15:])
+
+
+def test_a_cache_shows_each_row_what_lies_up_to_its_own_position():
+    """One new query a row at positions 3 and 20 of caches of 24: as the formula over the first 4 and 21 keys."""
+    q, k, v = random_qkv(torch.float64)
+    positions = torch.tensor([[3], [20]])
+    out = attention(q[:, :, :1], k, v, cached_pattern(positions, T))
+    for row, position in enumerate(positions.flatten().tolist()):
+        length = position + 1
+        query = torch.cat([torch.zeros(1, 4, position, 8, dtype=torch.float64), q[row : row + 1, :, :1]], dim=2)
+        one_document = torch.zeros(1, length, dtype=torch.int32)
+        expected = formula(query, k[row : row + 1, :, :length], v[row : row + 1, :, :length], one_document)
+        assert torch.allclose(out[row, :, 0], expected[0, :, -1], rtol=0, atol=1e-14)
+
+
+def test_boundaries_are_where_documents_and_rows_begin():
+    edges = boundaries(document_ids())
+    assert edges.tolist() == [0, 5, 6, 24, 35, 41, 48]
+    assert edges.dtype == torch.int32
+
+
+def test_repeated_boundaries_at_the_end_are_empty_documents():
+    """Compiled training keeps their number fixed by repeating the last one."""
+    ids = document_ids()
+    edges = boundaries(ids)
+    padded = torch.cat([edges, edges[-1:].repeat(5)])
+    exact = attention(*random_qkv(torch.float32), AttentionPattern("varlen", cu_seqlens=edges, max_seqlen=T))
+    same = attention(*random_qkv(torch.float32), AttentionPattern("varlen", cu_seqlens=padded, max_seqlen=T))
+    assert torch.equal(exact, same)
+
+
+def test_long_rows_on_a_cpu_take_the_backend_without_a_mask():
+    assert choose_backend("cpu", 1024) == "sdpa"
+    assert choose_backend("cpu", 1025) == "varlen"
+    assert choose_backend("cuda", 256) == "varlen"
+    assert choose_backend("cuda", 256, torch.float32) == "sdpa", "flash kernels take no float32"
+
+
+PEAK_OF_ONE_LONG_ROW = """
+import sys, torch
+from minigpt.model.attention import attention, choose_backend, packed_pattern
+torch.set_num_threads(1)
+
+def peak_mb():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+def one_pass(T):
+    ids = torch.arange(T)[None] // (T // 4)
+    q, k, v = (torch.randn(1, h, T, 8, requires_grad=True) for h in (2, 1, 1))
+    attention(q, k, v, packed_pattern(ids, torch.float32, choose_backend("cpu", T))).sum().backward()
+
+one_pass(1032)
+before = peak_mb()
+one_pass(12000)
+print(peak_mb() - before)
+"""
+
+
+def test_memory_of_a_long_row_is_not_quadratic():
+    """12,000 tokens: a mask of bytes alone would be 144 MB, float32 scores of one head 576 MB."""
+    done = subprocess.run([sys.executable, "-c", PEAK_OF_ONE_LONG_ROW], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 60
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["multi-head", "grouped"])
+def test_flash_attention_on_a_gpu_is_the_formula(heads):
+    """bf16, head size 64: as near to float64 as rounding the exact answer's inputs to bf16 allows."""
+    ids = document_ids()
+    expected = output_and_gradients(lambda *qkv: formula(*qkv, ids), random_qkv(torch.float64, heads, head_dim=64))
+    on_gpu = [x.detach().cuda().requires_grad_() for x in random_qkv(torch.bfloat16, heads, head_dim=64)]
+    pattern = packed_pattern(ids.cuda(), torch.bfloat16, choose_backend("cuda", T))
+    assert pattern.backend == "varlen"
+    out = attention(*on_gpu, pattern)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    found = [out.detach(), *torch.autograd.grad(out, on_gpu, upstream.to("cuda", torch.bfloat16))]
+    for name, ours, reference in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        assert relative_error(ours.cpu(), reference) < 1e-2, name

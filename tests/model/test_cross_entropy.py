@@ -1,0 +1,101 @@
+"""The chunked cross-entropy against PyTorch's in float64: value and gradients, weights, ignored labels, garbage."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minigpt.model import cross_entropy
+from minigpt.model.cross_entropy import linear_cross_entropy
+
+N, E, V = 37, 16, 50
+
+
+@pytest.fixture(params=[V * 8, 1 << 23], ids=["8 rows a chunk", "one chunk"], autouse=True)
+def chunk_size(request, monkeypatch):
+    """Small chunks, the last of them not full, and all tokens at once: the same numbers."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", request.param)
+
+
+def example(dtype=torch.float64):
+    """Hidden states, output layer, labels (a third of them absent) and weights (0, 1 and 10)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, E, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(V, E, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[::3] = -100
+    weights = torch.tensor([0.0, 1.0, 10.0])[torch.randint(0, 3, (N,), generator=generator)]
+    return x, weight, labels, weights
+
+
+def expected(x, weight, labels, weights):
+    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    per_token = F.cross_entropy(x @ weight.T, labels, reduction="none", ignore_index=-100)
+    loss = (per_token * weights.double()).sum()
+    return [loss.detach(), *torch.autograd.grad(3.0 * loss, (x, weight))]
+
+
+def found(x, weight, labels, weights):
+    loss = linear_cross_entropy(x, weight, labels, weights)
+    return [loss.detach(), *torch.autograd.grad(3.0 * loss, (x, weight))]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str
+)
+def test_value_and_gradients_are_those_of_pytorch_in_float64(dtype, tolerance):
+    batch = example(dtype)
+    for ours, reference in zip(found(*batch), expected(*batch), strict=True):
+        assert ((ours.double() - reference).norm() / reference.norm()).item() < tolerance
+
+
+def test_the_loss_of_bf16_states_is_added_up_in_float32():
+    loss = linear_cross_entropy(*example(torch.bfloat16))
+    assert loss.dtype == torch.float32
+    assert linear_cross_entropy(*example(torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+def test_what_stands_at_positions_without_weight_changes_nothing(garbage):
+    x, weight, labels, weights = example(torch.float32)
+    clean = found(x, weight, labels, weights)
+    silent = (labels < 0) | (weights == 0)
+    x.data[silent] = garbage
+    weights[labels < 0] = garbage  # a weight where there is no label, too
+    dirty = found(x, weight, labels, weights)
+    assert torch.equal(clean[0], dirty[0])
+    assert torch.equal(clean[2], dirty[2])
+    assert torch.equal(clean[1], dirty[1])
+    assert not dirty[1][silent].any(), "exactly zero gradient"
+
+
+@pytest.mark.parametrize("all_masked_by", ["labels", "weights"])
+def test_a_batch_without_any_label_has_loss_0_and_gradients_of_zeros(all_masked_by):
+    x, weight, labels, weights = example()
+    if all_masked_by == "labels":
+        labels[:] = -100
+    else:
+        weights[:] = 0
+    loss, grad_x, grad_weight = found(x, weight, labels, weights)
+    assert loss.item() == 0
+    assert grad_x.shape == x.shape
+    assert not grad_x.any()
+    assert grad_weight.shape == weight.shape
+    assert not grad_weight.any()
+
+
+def test_a_nan_at_a_labelled_position_is_not_hidden():
+    x, weight, labels, weights = example()
+    position = int(((labels >= 0) & (weights > 0)).nonzero()[0])
+    x.data[position] = float("nan")
+    assert linear_cross_entropy(x, weight, labels, weights).isnan()
+
+
+def test_frozen_inputs_get_no_gradient_and_the_other_keeps_its_own():
+    x, weight, labels, weights = example()
+    _, grad_x, grad_weight = found(x, weight, labels, weights)
+    linear_cross_entropy(x, weight.detach(), labels, weights).backward()
+    assert torch.allclose(3.0 * x.grad, grad_x)
+    linear_cross_entropy(x.detach(), weight, labels, weights).backward()
+    assert torch.allclose(3.0 * weight.grad, grad_weight)
+    with torch.no_grad():
+        assert torch.isfinite(linear_cross_entropy(x, weight, labels, weights))
