@@ -154,7 +154,7 @@ class _Trainer:
             compile=compile_wanted(options, self.processes.device),
         )
         self.model.attention_backend = options.attention_backend or choose_backend(
-            self.processes.device, self.data.seq_len, dtype
+            self.processes.device, self.data.seq_len, dtype, self.engine.compiled
         )
         self._resume()
         run.start(self._description(dtype), self.total_steps, self.progress.step, self.processes.device, dtype)
