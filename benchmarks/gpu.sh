@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Everything that is to be known about this code on one GPU, in at most 8 minutes:
+# the tests marked `gpu`, then every benchmark. JSON files and one Markdown table go to OUT.
+#
+#   benchmarks/gpu.sh [OUT]            (default OUT: benchmarks/results)
+#   benchmarks/gpu.sh --smoke [OUT]    the same with tiny models and few steps, on any machine
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+smoke=()
+if [ "${1:-}" = "--smoke" ]; then
+    smoke=(--smoke)
+    shift
+fi
+out=${1:-benchmarks/results}
+python=${PYTHON:-python3}
+[ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ] && python=.venv/bin/python
+mkdir -p "$out"
+report="$out/gpu.md"
+echo "# MiniGPT on one device" >"$report"
+echo >>"$report"
+failed=()
+deadline=$((SECONDS + 480))
+
+# run NAME SECONDS COMMAND…: its output goes to OUT/NAME.log; a failure is noted and the next one is tried.
+run() {
+    local name=$1 limit=$2 left=$((deadline - SECONDS))
+    shift 2
+    [ "$limit" -gt "$left" ] && limit=$left
+    if [ "$limit" -le 5 ]; then
+        failed+=("$name (no time left)")
+        return
+    fi
+    echo "== $name (at most $limit s)"
+    if timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1; then
+        tail -n 3 "$out/$name.log"
+    else
+        failed+=("$name")
+        tail -n 15 "$out/$name.log"
+    fi
+}
+
+run gpu_tests 150 "$python" -m pytest -m gpu -q --no-header -p no:cacheprovider
+{
+    echo "## Tests marked gpu"
+    echo
+    tail -n 1 "$out/gpu_tests.log"
+    echo
+} >>"$report"
+run presets 270 "$python" benchmarks/presets.py --limit_seconds 110 --json "$out/presets.json" --markdown "$report" "${smoke[@]}"
+run startup 20 "$python" benchmarks/startup.py --rounds 5 --json "$out/startup.json" --markdown "$report" "${smoke[@]}"
+run train 60 "$python" benchmarks/train.py --rounds 3 --steps 20 --peers bf16 --json "$out/train.json" --markdown "$report" "${smoke[@]}"
+run sft 60 "$python" benchmarks/sft.py --rounds 3 --json "$out/sft.json" --markdown "$report" "${smoke[@]}"
+run packing 40 "$python" benchmarks/packing.py --megabytes 4 --rounds 1 --json "$out/packing.json"
+
+if [ "${#failed[@]}" -gt 0 ]; then
+    {
+        echo "## Failed"
+        echo
+        printf -- '- %s\n' "${failed[@]}"
+    } | tee -a "$report"
+    exit 1
+fi
+echo "results: $report"

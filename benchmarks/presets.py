@@ -1,0 +1,178 @@
+"""Tokens per second and MFU of the trainer on one device, for the larger presets.
+
+    python benchmarks/presets.py [--presets 100m 300m 1b] [--seq_len 2048] [--seconds 60] [--json FILE] [--markdown FILE]
+
+Each preset is trained by the stage that users call (`minigpt.trainer.loop.train`), in a process of its own that first
+measures the rate of a bf16 matrix product. MFU is given twice: of 989 TFLOP/s (H100/H200 data sheet) and of the rate
+just measured. FLOPs are counted per document (`minigpt.trainer.flops`): padding and masked pairs earn nothing.
+The first steps, which compile, do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import PEAK_FLOPS_H100, output_arguments, packed, publish
+
+DOCUMENT_CHARACTERS = 16_000  # stories are joined to documents of this length: a row is then mostly one document
+SMOKE_SHAPE = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 128}
+WARMUP_FRACTION = 0.3  # of the logged steps
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.task:
+        print(json.dumps(measure(arguments.task, arguments)))
+        return
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        data = arguments.data or _long_documents(Path(scratch), arguments.seq_len, arguments.smoke)
+        for preset in arguments.presets:
+            results.append(_in_a_process(preset, data, Path(scratch) / preset, arguments))
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    publish("Presets on one device", {"presets": results}, table(results), arguments.json, arguments.markdown)
+    if all("error" in result for result in results):
+        raise SystemExit("no preset could be measured")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["100m", "300m", "1b"])
+    parser.add_argument("--data", type=Path, help="packed rows; joined stories of the micro-world when not given")
+    parser.add_argument("--seq_len", type=int, default=2048)
+    parser.add_argument("--tokens_per_step", type=int, default=131_072)
+    parser.add_argument("--micro_batch_size", type=int, help="rows; the trainer's own choice when not given")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--limit_seconds", type=int, default=150, help="a preset that takes longer is given up")
+    output_arguments(parser)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--save_dir", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.smoke and not arguments.task:
+        arguments.seq_len, arguments.tokens_per_step, arguments.steps = 128, 512, 4
+    return arguments
+
+
+def _long_documents(folder: Path, seq_len: int, smoke: bool) -> Path:
+    """The micro-world's stories joined to long documents and packed."""
+    from data_prep.microworld import MicroWorldOptions, write_microworld
+
+    size = "tiny" if smoke else "quickstart"
+    stories = write_microworld(folder / "text", MicroWorldOptions(size=size))["pretrain"]  # type: ignore[arg-type]
+    joined, length = [[]], 0  # type: ignore[var-annotated]
+    for line in stories.read_text(encoding="utf-8").splitlines():
+        joined[-1].append(json.loads(line)["text"])
+        length += len(joined[-1][-1])
+        if length > DOCUMENT_CHARACTERS:
+            joined, length = [*joined, []], 0
+    path = folder / "long.jsonl"
+    documents = ({"text": "\n".join(texts)} for texts in joined if texts)
+    path.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents), encoding="utf-8")
+    return packed([path], folder / "packed", "pretrain", seq_len)
+
+
+def _in_a_process(preset: str, data: Path, save_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`measure` in a fresh process; {"preset", "error"} when it fails (out of memory, too slow)."""
+    command = [
+        *(sys.executable, str(Path(__file__).resolve()), "--task", preset, "--data", str(data)),
+        *("--save_dir", str(save_dir), "--seq_len", str(arguments.seq_len), "--steps", str(arguments.steps)),
+        *("--tokens_per_step", str(arguments.tokens_per_step)),
+        *(["--micro_batch_size", str(arguments.micro_batch_size)] if arguments.micro_batch_size else []),
+        *(["--smoke"] if arguments.smoke else []),
+    ]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_seconds)
+    except subprocess.TimeoutExpired:
+        return {"preset": preset, "error": f"took more than {arguments.limit_seconds} s"}
+    if ended.returncode:
+        lines = [line for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
+        return {"preset": preset, "error": lines[-1] if lines else f"status {ended.returncode}"}
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train one preset for some steps; tokens/s, MFU and memory, medians over the steps after the warm-up."""
+    import torch
+
+    from minigpt.observe.hardware import measure_matmul_rate
+    from minigpt.observe.metrics import read_metrics
+    from minigpt.trainer.loop import train
+    from minigpt.trainer.train_pretrain import PRETRAIN, PretrainOptions
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rate = measure_matmul_rate(torch.bfloat16, device, seconds=1.0)
+    options = PretrainOptions(
+        data=[arguments.data],
+        save_dir=arguments.save_dir,
+        preset="s" if arguments.smoke else preset,  # type: ignore[arg-type]
+        max_steps=arguments.steps,
+        global_batch_size=max(1, arguments.tokens_per_step // arguments.seq_len),
+        micro_batch_size=arguments.micro_batch_size,
+        compile=False if arguments.smoke else None,
+        dtype="bf16",
+        schedule="constant",
+        tensorboard=False,
+        eval_rows=1,
+        **(SMOKE_SHAPE if arguments.smoke else {}),  # type: ignore[arg-type]
+    )
+    summary = train(PRETRAIN, options)
+    steps = [record for record in read_metrics(arguments.save_dir) if record.get("kind") == "train"]
+    measured = steps[int(len(steps) * WARMUP_FRACTION) :]
+    tokens_per_second = statistics.median(step["tokens_per_second"] for step in measured)
+    flops_per_second = tokens_per_second * flops_per_token(arguments.data, arguments.save_dir / "hf")
+    return {
+        "preset": preset,
+        "parameters": summary["parameters"],
+        "tokens_per_second": tokens_per_second,
+        "flops_per_second": flops_per_second,
+        "matmul_flops_per_second": rate,
+        "mfu_of_989": flops_per_second / PEAK_FLOPS_H100,
+        "mfu_of_measured_matmul": flops_per_second / rate,
+        "memory_gb": max(step["memory_gb"] for step in measured),
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+    }
+
+
+def flops_per_token(data: Path, model: Path) -> float:
+    """What training on one token of these rows costs on average, forward and backward."""
+    from minigpt.dataset.shards import PackedDataset
+    from minigpt.model.hf import load_hf_folder
+    from minigpt.trainer.flops import training_flops
+
+    rows = PackedDataset(data, "train")
+    lengths = np.concatenate([rows.row(i).seq_lens for i in range(len(rows))]).astype(np.float64)
+    config, _ = load_hf_folder(model)
+    tokens, labels, pairs = lengths.sum(), (lengths - 1).sum(), (lengths * (lengths + 1) / 2).sum()
+    return training_flops(config, tokens=tokens, labels=labels, attention_pairs=pairs) / tokens
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, a line a preset."""
+    lines = [
+        "| preset | parameters | tokens/s | TFLOP/s | MFU of 989 TFLOP/s | MFU of the matrix product measured | GB | loss |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for r in results:
+        if "error" in r:
+            lines.append(f"| {r['preset']} | not measured: {r['error']} | | | | | | |")
+            continue
+        product = f"{r['mfu_of_measured_matmul']:.1%} of {r['matmul_flops_per_second'] / 1e12:,.2f}"
+        lines.append(
+            f"| {r['preset']} | {r['parameters'] / 1e6:,.1f}M | {r['tokens_per_second']:,.0f} "
+            f"| {r['flops_per_second'] / 1e12:,.2f} | {r['mfu_of_989']:.1%} | {product} | {r['memory_gb']:.1f} "
+            f"| {r['first_loss']:.2f} → {r['last_loss']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

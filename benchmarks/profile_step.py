@@ -1,0 +1,128 @@
+"""Where the time of a training step goes, ours and the peer's, by group of operations.
+
+    python benchmarks/profile_step.py [--contenders ours peer] [--threads 1] [--steps 5] [--operations 20]
+
+One thread by default: on a busy machine its CPU time is still meaningful. The compiled pointwise kernels of a CPU run
+inside the compiled graph, so what the graph spends in itself is theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import CONFIG_S, packed_microworld
+from torch.profiler import ProfilerActivity, profile
+
+WARMUP_STEPS = 3
+# The first group that has a word of an operation's name takes it.
+GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("attention kernel", ("scaled_dot_product", "flash", "document_attention", "varlen", "fmha")),
+    ("optimizer", ("adam", "foreach", "clip_grad", "linalg_vector_norm", "multi_tensor")),
+    ("matrix products", ("mm", "matmul", "linear", "gemm", "cutlass", "nvjet")),
+    ("compiled pointwise", ("compiledfxgraph", "triton", "cpp_fused", "graph_")),
+    ("copies and memory", ("copy", "fill", "zero", "empty", "memcpy", "memset", "cat", "_to_copy")),
+)
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = arguments.data or packed_microworld(
+            Path(scratch), "pretrain", 256, "tiny" if arguments.smoke else "small"
+        )
+        for name in arguments.contenders:
+            step = STEPS[name](arguments, data)
+            print(f"\n{name}: ms a step on {arguments.threads} thread(s), {arguments.rows} rows of 256 tokens")
+            print(report(profile_steps(step, arguments.steps), arguments.steps, arguments.operations))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contenders", nargs="+", choices=tuple(STEPS), default=list(STEPS))
+    parser.add_argument("--data", type=Path, help="packed rows; the embedded micro-world when not given")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--operations", type=int, default=0, help="also list this many single operations")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--smoke", action="store_true", help="few rows and steps, eager: does it run at all")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.rows, arguments.steps, arguments.compile = 2, 1, False
+    return arguments
+
+
+def _ours(arguments: argparse.Namespace, data: Path) -> Callable[[], None]:
+    from minigpt.dataset.shards import BatchIterator, PackedDataset
+    from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+    from minigpt.trainer.engine import Engine, init_processes
+    from minigpt.trainer.loop import StageModule, language_model_loss, to_tensors
+
+    processes = init_processes()
+    module = StageModule(MiniGPT(MiniGPTConfig(**CONFIG_S)), language_model_loss)
+    engine = Engine(module, processes, dtype=torch.bfloat16, learning_rate=1e-3, compile=arguments.compile)
+    batches = iter(
+        BatchIterator(PackedDataset(data, "train"), micro_batch_size=arguments.rows, global_batch_size=arguments.rows)
+    )
+
+    def step() -> None:
+        batch = next(batches)
+        engine.forward_backward(to_tensors(batch, processes.device), 1.0 / float(batch["weights"].sum()))
+        engine.step(1e-3)
+
+    return step
+
+
+def _peer(arguments: argparse.Namespace, data: Path) -> Callable[[], None]:
+    import peer_hf
+
+    arguments = argparse.Namespace(**vars(arguments), **CONFIG_S)
+    arguments.data, arguments.steps = data, 10**9
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    one_step = peer_hf.make_step(peer_hf.build_model(arguments).to(device), "bf16", arguments.compile, 1e-3)
+    batches = peer_hf.batches(arguments, device)
+    return lambda: float(one_step(next(batches)))  # type: ignore[return-value, arg-type]
+
+
+STEPS: dict[str, Callable[[argparse.Namespace, Path], Callable[[], None]]] = {"ours": _ours, "peer": _peer}
+
+
+def profile_steps(step: Callable[[], None], steps: int) -> list[tuple[str, float]]:
+    """Every operation's own time over all steps, in ms: on the GPU where there is one, else on the CPU."""
+    for _ in range(WARMUP_STEPS):
+        step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as recorded:
+        for _ in range(steps):
+            step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return [(event.key, getattr(event, own) / 1000) for event in recorded.key_averages()]
+
+
+def group_of(operation: str) -> str:
+    """The group that an operation's time is counted to."""
+    lowered = operation.lower()
+    return next((group for group, words in GROUPS if any(word in lowered for word in words)), "everything else")
+
+
+def report(operations: list[tuple[str, float]], steps: int, singles: int = 0) -> str:
+    """Milliseconds a step and share of each group, the largest first; then single operations."""
+    totals: dict[str, float] = {}
+    for name, milliseconds in operations:
+        totals[group_of(name)] = totals.get(group_of(name), 0.0) + milliseconds / steps
+    whole = sum(totals.values())
+    by_time = sorted(totals.items(), key=lambda item: -item[1])
+    lines = [f"  {name:22s} {ms:9.1f} {ms / whole:6.1%}" for name, ms in [*by_time, ("together", whole)]]
+    largest = sorted(operations, key=lambda item: -item[1])[:singles]
+    return "\n".join(lines + [f"    {ms / steps:9.2f}  {name[:90]}" for name, ms in largest])
+
+
+if __name__ == "__main__":
+    main()

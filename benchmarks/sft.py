@@ -1,0 +1,200 @@
+"""Useful tokens per second of fine-tuning on short conversations: packed, padded to the maximum, length-bucketed.
+
+    python benchmarks/sft.py [--input FILE …] [--seq_len 512] [--rounds 7] [--json FILE] [--markdown FILE]
+
+The model, the engine, the optimizer step and the conversations are the same, and so is their number per optimizer step;
+only the batches differ:
+
+    packed      rows of seq_len tokens with several conversations each (what the trainer does)
+    padded      one conversation a row, every row padded to seq_len
+    bucketed    one conversation a row, neighbours of like length in a micro-batch, padded to its longest
+
+Useful tokens are those of conversations. All run interleaved (see `common.py`). Without --input: the micro-world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import CONFIG_S, Contender, interleave, output_arguments, packed, packed_microworld, publish, rates_table
+from common import ratios as ratios_of
+
+from minigpt.dataset.shards import GlobalOrder, PackedDataset, Row, collate
+
+PACKED, PADDED, BUCKETED = "packed", "padded", "bucketed"
+KINDS = (PACKED, PADDED, BUCKETED)
+TITLES = {
+    PACKED: "packed rows",
+    PADDED: "padded to the maximum",
+    BUCKETED: "bucketed by length, padded to the longest of the micro-batch",
+}
+POSITIONS_PER_STEP = 4096  # of the packed rows
+BUCKET_ROWS = 16  # conversations of a bucketed micro-batch
+BUCKET_MULTIPLE = 32  # its width is rounded up to a multiple of this, so that few shapes are compiled
+POOL_STEPS = 16  # bucketing sorts the conversations of this many steps
+
+Window = list[dict[str, np.ndarray]]
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.task:
+        run(arguments)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if arguments.input:
+            data = packed(arguments.input, folder / "packed", "sft", arguments.seq_len)
+        else:
+            data = packed_microworld(folder, "sft", arguments.seq_len, "tiny" if arguments.smoke else "small")
+        contenders = [_contender(arguments, kind, data, folder) for kind in KINDS]
+        # a bucketed run meets a second width within a few steps, then one graph for all widths is compiled
+        rates = interleave(contenders, rounds=arguments.rounds, steps=arguments.steps, warmup_steps=arguments.warmup)
+        statistics = describe(PackedDataset(data, "train"))
+    result = {
+        "useful_tokens_per_second": rates,
+        "packed_over": ratios_of(rates, TITLES[PACKED]),
+        "data": statistics,
+        "settings": {"seq_len": arguments.seq_len, "threads": arguments.threads, "compile": arguments.compile},
+    }
+    table = f"{_data_line(statistics)}\n\n{rates_table(rates, TITLES[PACKED], 'useful tokens/s')}"
+    publish("Fine-tuning on short conversations", result, table, arguments.json, arguments.markdown)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", type=Path, default=[], help="files of conversations")
+    parser.add_argument("--seq_len", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each contender in a round")
+    parser.add_argument("--warmup", type=int, default=POOL_STEPS, help="optimizer steps before the first round")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    output_arguments(parser)
+    parser.add_argument("--task", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.smoke and not arguments.task:
+        arguments.rounds, arguments.steps, arguments.warmup, arguments.compile = 2, 1, 1, False
+    return arguments
+
+
+def _contender(arguments: argparse.Namespace, kind: str, data: Path, folder: Path) -> Contender:
+    progress = folder / f"{kind}.jsonl"
+    command = [
+        *(sys.executable, str(Path(__file__).resolve()), "--task", kind, "--data", str(data)),
+        *("--progress", str(progress), "--threads", str(arguments.threads)),
+        "--compile" if arguments.compile else "--no-compile",
+        *(["--smoke"] if arguments.smoke else []),
+    ]
+    return Contender(TITLES[kind], command, progress, folder / f"{kind}.log")
+
+
+def describe(data: PackedDataset) -> dict[str, float]:
+    """Conversations, their mean and median length, and how full packed rows are."""
+    lengths = np.concatenate([data.row(i).seq_lens for i in range(len(data))])
+    return {
+        "conversations": len(lengths),
+        "mean_length": float(lengths.mean()),
+        "median_length": float(np.median(lengths)),
+        "rows": len(data),
+        "seq_len": data.seq_len,
+        "fill": float(lengths.sum() / (len(data) * data.seq_len)),
+    }
+
+
+def _data_line(s: dict[str, float]) -> str:
+    return (
+        f"{s['conversations']:,.0f} conversations, {s['mean_length']:.0f} tokens on average (median "
+        f"{s['median_length']:.0f}), maximum {s['seq_len']:.0f}; packed rows are {s['fill']:.1%} full"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train for ever on one kind of batches; a line with the counter of useful tokens after every step."""
+    from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+    from minigpt.trainer.engine import Engine, init_processes
+    from minigpt.trainer.loop import StageModule, language_model_loss, to_tensors
+
+    processes = init_processes()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    data = PackedDataset(arguments.data, "train")
+    shape = {**CONFIG_S, "hidden_size": 64, "num_hidden_layers": 1} if arguments.smoke else CONFIG_S
+    config = MiniGPTConfig(**{**shape, "max_position_embeddings": max(2048, data.seq_len)})
+    module = StageModule(MiniGPT(config), language_model_loss)
+    engine = Engine(module, processes, dtype=torch.bfloat16, learning_rate=1e-3, compile=arguments.compile)
+    useful = 0
+    with open(arguments.progress, "a", encoding="utf-8") as progress:
+        for number, window in enumerate(windows(data, arguments.task), start=1):
+            weight = sum(float(batch["weights"].sum()) for batch in window)
+            for batch in window:
+                engine.forward_backward(to_tensors(batch, processes.device), 1.0 / weight)
+            engine.step(1e-3)
+            useful += sum(int((batch["document_ids"] >= 0).sum()) for batch in window)
+            progress.write(json.dumps({"step": number, "tokens": useful}) + "\n")
+            progress.flush()
+
+
+def windows(data: PackedDataset, kind: str) -> Iterator[Window]:
+    """The micro-batches of one optimizer step after the other, without end, for one kind of batches."""
+    rows_per_step = max(1, POSITIONS_PER_STEP // data.seq_len)
+    if kind == PACKED:
+        order = GlobalOrder(len(data))
+        for start in itertools.count(0, rows_per_step):
+            yield [collate([data.row(order.index(start + i)) for i in range(rows_per_step)], pad_to=data.seq_len)]
+    single = conversations(data)
+    per_step = max(rows_per_step, round(len(single) / len(data) * rows_per_step / BUCKET_ROWS) * BUCKET_ROWS)
+    order = GlobalOrder(len(single))
+    if kind == PADDED:
+        for start in itertools.count(0, per_step):
+            rows = [single[order.index(start + i)] for i in range(per_step)]
+            pieces = [rows[i : i + rows_per_step] for i in range(0, per_step, rows_per_step)]
+            yield [collate(piece, pad_to=data.seq_len, n_rows=rows_per_step) for piece in pieces]
+    rng = np.random.default_rng(0)
+    for start in itertools.count(0, POOL_STEPS * per_step):
+        pool = [single[order.index(start + i)] for i in range(POOL_STEPS * per_step)]
+        yield from bucketed_windows(pool, per_step, rng)
+
+
+def bucketed_windows(pool: Sequence[Row], per_step: int, rng: np.random.Generator) -> Iterator[Window]:
+    """Sort a pool by length, cut it into micro-batches, shuffle those, and deal them out to steps."""
+    ordered = sorted(pool, key=lambda row: len(row.input_ids))
+    batches = [ordered[i : i + BUCKET_ROWS] for i in range(0, len(ordered), BUCKET_ROWS)]
+    shuffled = [batches[i] for i in rng.permutation(len(batches))]
+    batches_per_step = max(1, per_step // BUCKET_ROWS)
+    for i in range(0, len(shuffled), batches_per_step):
+        yield [
+            collate(batch, pad_to=_round_up(max(len(row.input_ids) for row in batch)), n_rows=BUCKET_ROWS)
+            for batch in shuffled[i : i + batches_per_step]
+        ]
+
+
+def _round_up(length: int) -> int:
+    return -(-length // BUCKET_MULTIPLE) * BUCKET_MULTIPLE
+
+
+def conversations(data: PackedDataset) -> list[Row]:
+    """Each document of the packed rows as a row of its own."""
+    single = []
+    for index in range(len(data)):
+        row = data.row(index)
+        ends = np.cumsum(row.seq_lens)
+        for start, end in zip(ends - row.seq_lens, ends, strict=True):
+            weight = None if row.weight is None else row.weight[start:end]
+            lengths = np.array([end - start], dtype=np.int32)
+            single.append(Row(row.input_ids[start:end], lengths, weight, row.weight_table))
+    return single
+
+
+if __name__ == "__main__":
+    main()
