@@ -155,16 +155,27 @@ def filter_logits(logits_BV: torch.Tensor, params: SamplingTensors) -> torch.Ten
 
 def _nucleus_threshold(logits_BV: torch.Tensor, top_p_B1: torch.Tensor) -> torch.Tensor:
     """The smallest logit of each row's nucleus [B, 1]; -inf where top_p is 1."""
-    log_total = logits_BV.logsumexp(1, keepdim=True)
-    off = top_p_B1 >= 1.0
-    best = torch.topk(logits_BV, min(logits_BV.shape[1], NUCLEUS_CANDIDATES)).values  # sorted, greatest first
-    reached = (best - log_total).exp().cumsum(1, dtype=torch.float64) >= top_p_B1
-    if not bool((reached[:, -1:] | off).all()):
-        best = logits_BV.sort(1, descending=True).values
-        reached = (best - log_total).exp().cumsum(1, dtype=torch.float64) >= top_p_B1
-    # the first token whose cumulative sum reaches top_p is the last of the nucleus; rounding may leave none: take all
-    last = (~reached).sum(1, keepdim=True).clamp(max=best.shape[1] - 1)
-    return torch.where(off, -math.inf, best.gather(1, last))
+    log_total_B1 = logits_BV.logsumexp(1, keepdim=True)
+    best_BK = torch.topk(logits_BV, min(logits_BV.shape[1], NUCLEUS_CANDIDATES)).values  # sorted, greatest first
+    threshold_B1, found_B1 = _last_of_nucleus(best_BK, log_total_B1, top_p_B1)
+    off_B1 = top_p_B1 >= 1.0
+    rest = (~(found_B1 | off_B1)).nonzero()[:, 0]
+    if len(rest):
+        sorted_BV = logits_BV[rest].sort(1, descending=True).values
+        threshold_B1[rest] = _last_of_nucleus(sorted_BV, log_total_B1[rest], top_p_B1[rest])[0]
+    return torch.where(off_B1, -math.inf, threshold_B1)
+
+
+def _last_of_nucleus(
+    best_BK: torch.Tensor, log_total_B1: torch.Tensor, top_p_B1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first of the sorted logits at which the cumulative probability reaches top_p, and whether it does [B, 1].
+
+    Where it does not, the last logit: by rounding even the whole vocabulary may miss a top_p close to 1.
+    """
+    reached_BK = (best_BK - log_total_B1).exp().cumsum(1, dtype=torch.float64) >= top_p_B1
+    last_B1 = (~reached_BK).sum(1, keepdim=True).clamp(max=best_BK.shape[1] - 1)
+    return best_BK.gather(1, last_B1), reached_BK[:, -1:]
 
 
 def draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
