@@ -238,7 +238,7 @@ def heldout_aspect(name: str, known: Aspect, lang: Lang, form: int) -> Record:
 
 def heldout_sum(problem: Sum, lang: Lang, stream: Stream) -> Record:
     """A sum whose operands were never met together."""
-    meta = {"kind": "sum", "lang": lang, "a": problem.a, "op": problem.op, "b": problem.b}
+    meta = {"kind": "sum", "lang": lang, "a": problem.a, "b": problem.b}
     return {
         "messages": [user(problem.question(lang, stream.below(4)))],
         "answer": str(problem.result),

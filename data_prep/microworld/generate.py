@@ -26,13 +26,13 @@ from minigpt.errors import UserError
 
 # How often each kind of document is drawn for pretraining.
 DOCUMENTS = {
-    "story": 0.20,
-    "portrait": 0.24,
-    "pair": 0.08,
-    "gathering": 0.06,
-    "self": 0.06,
-    "dialogue": 0.12,
-    "sums": 0.24,
+    "story": 0.14,
+    "portrait": 0.17,
+    "pair": 0.06,
+    "gathering": 0.05,
+    "self": 0.05,
+    "dialogue": 0.08,
+    "sums": 0.45,
 }
 
 
