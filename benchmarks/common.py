@@ -124,12 +124,13 @@ class Contender:
 
     def tokens_per_second(self, steps: int) -> float:
         """Over `steps` steps from now on; the step that is under way is not counted."""
-        began, first = self.wait_for_step()
-        last = first
-        ended = began
-        for _ in range(steps):
-            ended, last = self.wait_for_step()
-        return (last["tokens"] - first["tokens"]) / (ended - began)
+        return rate([self.wait_for_step() for _ in range(steps + 1)])
+
+
+def rate(steps: Sequence[tuple[float, dict[str, Any]]]) -> float:
+    """Tokens per second between the first and the last of some (moment in seconds, record)."""
+    (began, first), (ended, last) = steps[0], steps[-1]
+    return (last["tokens"] - first["tokens"]) / (ended - began)
 
 
 @contextmanager

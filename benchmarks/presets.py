@@ -1,6 +1,6 @@
 """Tokens per second and MFU of the trainer on one device, for the larger presets.
 
-    python benchmarks/presets.py [--presets 100m 300m 1b] [--seq_len 2048] [--seconds 60] [--json FILE] [--markdown FILE]
+    python benchmarks/presets.py [--presets 100m 300m 1b] [--seq_len 2048] [--steps 30] [--json FILE]
 
 Each preset is trained by the stage that users call (`minigpt.trainer.loop.train`), in a process of its own that first
 measures the rate of a bf16 matrix product. MFU is given twice: of 989 TFLOP/s (H100/H200 data sheet) and of the rate
@@ -158,14 +158,14 @@ def flops_per_token(data: Path, model: Path) -> float:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, a line a preset."""
     lines = [
-        "| preset | parameters | tokens/s | TFLOP/s | MFU of 989 TFLOP/s | MFU of the matrix product measured | GB | loss |",
+        "| preset | parameters | tokens/s | TFLOP/s | MFU of 989 TFLOP/s | MFU of measured product | GB | loss |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for r in results:
         if "error" in r:
             lines.append(f"| {r['preset']} | not measured: {r['error']} | | | | | | |")
             continue
-        product = f"{r['mfu_of_measured_matmul']:.1%} of {r['matmul_flops_per_second'] / 1e12:,.2f}"
+        product = f"{r['mfu_of_measured_matmul']:.1%} of {r['matmul_flops_per_second'] / 1e12:,.2f} TFLOP/s"
         lines.append(
             f"| {r['preset']} | {r['parameters'] / 1e6:,.1f}M | {r['tokens_per_second']:,.0f} "
             f"| {r['flops_per_second'] / 1e12:,.2f} | {r['mfu_of_989']:.1%} | {product} | {r['memory_gb']:.1f} "

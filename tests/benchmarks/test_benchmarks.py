@@ -1,0 +1,146 @@
+"""The comparisons are fair (same loss, same conversations), the sums are right, and everything runs."""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import peer_hf
+import presets
+import profile_step
+import pytest
+import sft
+import torch
+from common import CONFIG_S, packed_microworld
+
+from minigpt.dataset.shards import PackedDataset, collate, token_statistics
+from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+from minigpt.trainer.flops import training_flops
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHAPE = {**CONFIG_S, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def pretrain_rows(tmp_path_factory) -> PackedDataset:
+    return PackedDataset(packed_microworld(tmp_path_factory.mktemp("pretrain"), "pretrain", 128, "tiny"), "train")
+
+
+@pytest.fixture(scope="module")
+def sft_rows(tmp_path_factory) -> PackedDataset:
+    return PackedDataset(packed_microworld(tmp_path_factory.mktemp("sft"), "sft", 256, "tiny"), "train")
+
+
+def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def test_the_peer_computes_the_same_loss_on_the_same_rows(pretrain_rows):
+    ours = MiniGPT(MiniGPTConfig(**SHAPE))
+    peer = peer_hf.build_model(argparse.Namespace(**SHAPE))
+    peer.load_state_dict(ours.state_dict())
+    batch = tensors(collate([pretrain_rows.row(i) for i in range(3)]))
+    ours_loss = ours(**batch).loss_sum
+    peer_loss = peer_hf.summed_loss(peer, batch)
+    assert torch.isclose(ours_loss, peer_loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast", "fp32"])
+def test_the_peer_learns(pretrain_rows, precision):
+    torch.manual_seed(0)
+    step = peer_hf.make_step(peer_hf.build_model(argparse.Namespace(**SHAPE)), precision, False, 3e-3)
+    batch = tensors(collate([pretrain_rows.row(i) for i in range(2)]))
+    losses = [float(step(batch)) for _ in range(12)]
+    assert abs(losses[0] - math.log(SHAPE["vocab_size"])) < 0.5
+    assert losses[-1] < losses[0] - 0.5
+
+
+def conversations_of(window: list[dict[str, np.ndarray]]) -> Counter[bytes]:
+    """The token ids of every document of some batches."""
+    found: Counter[bytes] = Counter()
+    for batch in window:
+        for ids, documents in zip(batch["input_ids"], batch["document_ids"], strict=True):
+            found.update(ids[documents == d].tobytes() for d in range(documents.max() + 1))
+    return found
+
+
+def test_each_kind_of_batches_trains_on_whole_conversations_of_the_same_data(sft_rows):
+    known = {row.input_ids.astype(np.int64).tobytes() for row in sft.conversations(sft_rows)}
+    for kind in sft.KINDS:
+        windows = sft.windows(sft_rows, kind)
+        seen = conversations_of([batch for _ in range(4) for batch in next(windows)])
+        assert seen, kind
+        assert set(seen) <= known, kind
+
+
+def test_padded_and_bucketed_steps_hold_as_many_conversations_as_packed_steps(sft_rows):
+    rows_per_step = sft.POSITIONS_PER_STEP // sft_rows.seq_len
+    expected = len(sft.conversations(sft_rows)) / len(sft_rows) * rows_per_step
+    for kind in (sft.PADDED, sft.BUCKETED):
+        windows = itertools.islice(sft.windows(sft_rows, kind), 4)
+        counts = [sum(conversations_of(window).values()) for window in windows]
+        assert abs(np.mean(counts) - expected) <= sft.BUCKET_ROWS / 2, kind
+
+
+def test_bucketing_deals_out_every_conversation_of_its_pool_once(sft_rows):
+    pool = sft.conversations(sft_rows)[:96]
+    windows = list(sft.bucketed_windows(pool, 32, np.random.default_rng(0)))
+    dealt = sum((conversations_of(window) for window in windows), Counter())
+    assert dealt == Counter(row.input_ids.astype(np.int64).tobytes() for row in pool)
+    widths = [batch["input_ids"].shape[1] for window in windows for batch in window]
+    longest = max(len(row.input_ids) for row in pool)
+    assert sum(widths) < len(widths) * longest  # some micro-batches are narrower than the longest conversation
+
+
+def test_flops_per_token_are_those_of_the_batches(pretrain_rows, tmp_path):
+    model = MiniGPT(MiniGPTConfig(**SHAPE))
+    model.save_pretrained(tmp_path)
+    counts = token_statistics(collate([pretrain_rows.row(i) for i in range(len(pretrain_rows))]))
+    by_batch = training_flops(
+        model.config, tokens=counts.tokens, labels=counts.labels, attention_pairs=counts.attention_pairs
+    )
+    found = presets.flops_per_token(pretrain_rows.folder, tmp_path)
+    assert found == pytest.approx(by_batch / counts.tokens, rel=1e-9)
+
+
+def test_the_table_of_presets_names_what_could_not_be_measured():
+    assert "not measured: out of memory" in presets.table([{"preset": "1b", "error": "out of memory"}])
+
+
+@pytest.mark.parametrize(
+    ("operation", "group"),
+    [
+        ("aten::mm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention kernel"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("## Call CompiledFxGraph abc ##", "compiled pointwise"),
+        ("aten::copy_", "copies and memory"),
+        ("TorchDynamo Cache Lookup", "everything else"),
+    ],
+)
+def test_operations_are_counted_to_their_group(operation, group):
+    assert profile_step.group_of(operation) == group
+
+
+def test_the_shares_of_a_profile_add_up():
+    text = profile_step.report([("aten::mm", 6.0), ("aten::bmm", 2.0), ("aten::copy_", 2.0)], steps=2, singles=1)
+    assert "matrix products              4.0  80.0%" in text
+    assert "together                     5.0 100.0%" in text
+    assert text.splitlines()[-1].split() == ["3.00", "aten::mm"]
+
+
+@pytest.mark.slow
+def test_one_command_runs_every_benchmark(tmp_path):
+    script = str(REPOSITORY / "benchmarks" / "gpu.sh")
+    ended = subprocess.run([script, "--smoke", str(tmp_path)], capture_output=True, text=True, env=os.environ)
+    report = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert ended.returncode == 0, ended.stdout + report
+    for title in ("Tests marked gpu", "Presets on one device", "Start-up", "Training", "Fine-tuning"):
+        assert f"## {title}" in report
+    for name in ("presets", "startup", "train", "sft", "packing"):
+        assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
