@@ -501,10 +501,12 @@ class _Plan:
         if len(kept) == 0:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.dropped.items())) or "none read"
             raise UserError(f"No document is left to pack ({reasons}): loosen the filters or name other input.")
+        assert len(kept) + self.dropped.total() == self.n_documents, "every document is kept or dropped for one reason"
         options = self.job.plan_options
         valid = choose_valid(self.digest[kept], options["valid_fraction"], options["seed"])
         splits = {split: self._make_split(split, kept[valid == (split == "valid")]) for split in SPLITS}
         stored, truncated = int(self.tokens[kept].sum()), int(self.truncated[kept].sum())
+        assert stored == sum(split["tokens"] for split in splits.values()), "every token has a place"
         return {
             "vocab_size": self.vocab_size,
             "documents": {"in": self.n_documents, "kept": len(kept), "dropped": dict(sorted(self.dropped.items()))},

@@ -272,7 +272,9 @@ def test_near_duplicates_and_evaluation_data_are_dropped_when_asked_for(tmp_path
     source = write_texts(tmp_path / "a.jsonl", base + near)
     write_jsonl(tmp_path / "exam.jsonl", [{"text": exam}, {"text": "too short"}])
     manifest = pack(options("pretrain", source, tmp_path / "out", minhash=0.8, decontaminate=[tmp_path / "exam.jsonl"]))
-    assert manifest["documents"]["dropped"] == {"in_evaluation_data": 1, "near_duplicate": 5}
+    dropped = {"in_evaluation_data": 1, "near_duplicate": 5}
+    assert manifest["documents"] == {"in": 35, "kept": 29, "dropped": dropped}
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 29
     plain = pack(options("pretrain", source, tmp_path / "plain"))
     assert plain["documents"]["dropped"] == {}
 
@@ -392,6 +394,9 @@ def test_what_an_interrupted_run_with_other_options_left_is_not_used(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         pack(options("pretrain", source, tmp_path / "out"), interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pack(options("pretrain", source, tmp_path / "out", seq_len=64), interrupt)
+    (tmp_path / "out" / "train" / ".shard_00000.arrow.123.tmp").write_bytes(b"killed while writing")
     pack(options("pretrain", source, tmp_path / "out", seq_len=64))
     assert tree(tmp_path / "out") == tree(tmp_path / "reference")
 

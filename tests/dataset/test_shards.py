@@ -192,6 +192,9 @@ def test_any_change_of_the_manifest_is_refused(tmp_path):
         path.write_bytes(data)
         with pytest.raises(UserError, match=r"manifest\.json"):
             PackedDataset(tmp_path)
+    path.write_bytes(good + b"\n")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        PackedDataset(tmp_path)
     path.write_bytes(good)
     fingerprint = read_manifest(tmp_path)[1]
     assert fingerprint == PackedDataset(tmp_path).fingerprint
