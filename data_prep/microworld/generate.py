@@ -51,7 +51,7 @@ class Size:
 SIZES = {
     "tiny": Size(people=8, documents=120, conversations=120, heldout_qa=24, heldout_sums=24, heldout_stories=8),
     "small": Size(
-        people=24, documents=2_200, conversations=2_400, heldout_qa=200, heldout_sums=200, heldout_stories=32
+        people=24, documents=2_900, conversations=1_900, heldout_qa=200, heldout_sums=200, heldout_stories=32
     ),
     "quickstart": Size(
         people=24, documents=11_000, conversations=12_000, heldout_qa=200, heldout_sums=200, heldout_stories=64
