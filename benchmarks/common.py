@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.002
@@ -122,21 +122,43 @@ class Contender:
                 if record.get("kind", "train") == "train":
                     self.lines.append(record)
 
-    def tokens_per_second(self, steps: int) -> float:
+    def measure(self, steps: int) -> Rates:
         """Over `steps` steps from now on; the step that is under way is not counted."""
-        return rate([self.wait_for_step() for _ in range(steps + 1)])
+        seen = []
+        for _ in range(steps + 1):
+            moment, record = self.wait_for_step()
+            seen.append((moment, self.cpu_seconds(), record["tokens"]))
+        return rates_between(seen[0], seen[-1])
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all its threads so far (proc_pid_stat(5), fields 14 and 15)."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def rate(steps: Sequence[tuple[float, dict[str, Any]]]) -> float:
-    """Tokens per second between the first and the last of some (moment in seconds, record)."""
-    (began, first), (ended, last) = steps[0], steps[-1]
-    return (last["tokens"] - first["tokens"]) / (ended - began)
+class Rates(NamedTuple):
+    """How fast a contender was: tokens a second of the clock, and of its own CPU time.
+
+    On a machine that others use, the first says little and the second still compares programs with as many threads
+    (best: one, since waiting threads burn CPU time).
+    """
+
+    per_second: float
+    per_cpu_second: float
+
+
+def rates_between(first: tuple[float, float, float], last: tuple[float, float, float]) -> Rates:
+    """From two readings of (seconds, CPU seconds, tokens)."""
+    seconds, cpu_seconds, tokens = (b - a for a, b in zip(first, last, strict=True))
+    return Rates(tokens / seconds, tokens / cpu_seconds if cpu_seconds else float("nan"))
 
 
 @contextmanager
 def running(contenders: Sequence[Contender], warmup_steps: int) -> Iterator[None]:
     """All contenders started, warmed up one after the other, and stopped; killed at the end."""
     started = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that we clean up
     try:
         for contender in contenders:
             contender.start()
@@ -150,20 +172,21 @@ def running(contenders: Sequence[Contender], warmup_steps: int) -> Iterator[None
             contender.signal(signal.SIGKILL)
             assert contender.process is not None
             contender.process.wait()
+        signal.signal(signal.SIGTERM, previous)
 
 
 def interleave(
     contenders: Sequence[Contender], *, rounds: int, steps: int, warmup_steps: int = 3
-) -> dict[str, list[float]]:
-    """Tokens per second of each contender in each round; every other round in the opposite order."""
-    rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+) -> dict[str, list[Rates]]:
+    """Each contender's rates in each round; every other round in the opposite order."""
+    rates: dict[str, list[Rates]] = {contender.name: [] for contender in contenders}
     with running(contenders, warmup_steps):
         for number in range(rounds):
             for contender in contenders if number % 2 == 0 else reversed(contenders):
                 contender.signal(signal.SIGCONT)
-                rates[contender.name].append(contender.tokens_per_second(steps))
+                rates[contender.name].append(contender.measure(steps))
                 contender.signal(signal.SIGSTOP)
-            latest = "   ".join(f"{name} {values[-1]:,.0f}" for name, values in rates.items())
+            latest = "   ".join(f"{name} {values[-1].per_second:,.0f}" for name, values in rates.items())
             print(f"round {number + 1}/{rounds}, tokens/s:   {latest}", file=sys.stderr, flush=True)
     return rates
 
@@ -173,22 +196,34 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def ratios(rates: dict[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
-    """How many times as fast `ours` is as each of the others, compared round by round."""
-    others = [name for name in rates if name != ours]
-    return {other: spread([a / b for a, b in zip(rates[ours], rates[other], strict=True)]) for other in others}
+def ratios(rates: dict[str, list[Rates]], ours: str) -> dict[str, dict[str, dict[str, float]]]:
+    """How many times as fast `ours` is as each of the others, compared round by round, by either clock."""
+    return {
+        other: {
+            clock: spread([getattr(a, clock) / getattr(b, clock) for a, b in zip(rates[ours], values, strict=True)])
+            for clock in Rates._fields
+        }
+        for other, values in rates.items()
+        if other != ours
+    }
 
 
-def rates_table(rates: dict[str, list[float]], ours: str, unit: str = "tokens/s") -> str:
-    """Markdown: each contender's rate and how `ours` compares with it."""
+def rates_table(rates: dict[str, list[Rates]], ours: str, unit: str = "tokens") -> str:
+    """Markdown: each contender's rates, and how `ours` compares with it."""
     compared = ratios(rates, ours)
-    lines = [f"| | {unit}: median (min to max) | ours / this: median (min to max) |", "|---|---:|---:|"]
+    lines = [
+        f"| | {unit}/s | ours / this | {unit} per CPU second | ours / this |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for name, values in rates.items():
-        s = spread(values)
-        r = compared.get(name)
-        ratio = f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" if r else ""
-        lines.append(f"| {name} | {s['median']:,.0f} ({s['min']:,.0f} to {s['max']:,.0f}) | {ratio} |")
-    return "\n".join(lines)
+        cells = []
+        for clock in Rates._fields:
+            s = spread([getattr(v, clock) for v in values])
+            cells.append(f"{s['median']:,.0f} ({s['min']:,.0f} to {s['max']:,.0f})")
+            r = compared[name][clock] if name in compared else None
+            cells.append(f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" if r else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Medians over the rounds (smallest to largest); ratios within a round."])
 
 
 def surroundings() -> dict[str, Any]:

@@ -60,12 +60,12 @@ def main() -> None:
         rates = interleave(contenders, rounds=arguments.rounds, steps=arguments.steps, warmup_steps=arguments.warmup)
         statistics = describe(PackedDataset(data, "train"))
     result = {
-        "useful_tokens_per_second": rates,
+        "rates": {name: [r._asdict() for r in values] for name, values in rates.items()},
         "packed_over": ratios_of(rates, TITLES[PACKED]),
         "data": statistics,
         "settings": {"seq_len": arguments.seq_len, "threads": arguments.threads, "compile": arguments.compile},
     }
-    table = f"{_data_line(statistics)}\n\n{rates_table(rates, TITLES[PACKED], 'useful tokens/s')}"
+    table = f"{_data_line(statistics)}\n\n{rates_table(rates, TITLES[PACKED], 'useful tokens')}"
     publish("Fine-tuning on short conversations", result, table, arguments.json, arguments.markdown)
 
 

@@ -3,8 +3,9 @@
     python benchmarks/train.py [--data DIR] [--rounds 7] [--steps 12] [--threads 2] [--json FILE] [--markdown FILE]
 
 Config S, rows of 256 tokens, 16 rows a step. Ours is `python -m minigpt.trainer.train_pretrain` as a user starts it:
-DeepSpeed ZeRO-1, bf16 with float32 masters, compiled, metrics written at every step. The peers are `peer_hf.py`, bf16
-compiled and float32 eager, on the same packed rows with the same masks. All run interleaved (see `common.py`).
+DeepSpeed ZeRO-1, bf16 with float32 masters, compiled, metrics written at every step; with AdamW, which the peer has.
+The peers are `peer_hf.py`, bf16 compiled and float32 eager, on the same packed rows with the same masks. All run
+interleaved (see `common.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
         rates = interleave(contenders, rounds=arguments.rounds, steps=arguments.steps)
         utilisation = [line["mfu"] for line in contenders[0].lines if isinstance(line.get("mfu"), float)]
     result = {
-        "tokens_per_second": rates,
+        "rates": {name: [r._asdict() for r in values] for name, values in rates.items()},
         "ours_over": ratios(rates, OURS),
         "mfu_of_measured_matmul": statistics.median(utilisation) if utilisation else None,
         "settings": {"rows": arguments.rows, "threads": arguments.threads, "steps_per_round": arguments.steps},
@@ -58,6 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16, help="rows of a step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", nargs="*", default=["bf16", "fp32"], choices=["bf16", "autocast", "fp32"])
+    parser.add_argument("--optimizer", default="adamw", help="ours; the peer's is AdamW")
     output_arguments(parser)
     arguments = parser.parse_args()
     if arguments.smoke:
@@ -74,7 +76,7 @@ def _contenders(arguments: argparse.Namespace, data: Path, folder: Path) -> list
         *("--save_dir", str(folder / "run"), "--max_steps", str(FOREVER)),
         *("--global_batch_size", str(arguments.rows), "--micro_batch_size", str(arguments.rows)),
         *("--dtype", "bf16", "--compile", str(compiled).lower(), "--threads", str(arguments.threads)),
-        *("--schedule", "constant", "--preset", "s", *flags),
+        *("--schedule", "constant", "--optimizer", arguments.optimizer, "--preset", "s", *flags),
     ]
     contenders = [Contender(OURS, ours, folder / "run" / "metrics.jsonl", folder / "ours.log")]
     for precision in arguments.peers:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from common import Contender, interleave, rate, rates_table, ratios, running, spread
+from common import Contender, Rates, interleave, rates_between, rates_table, ratios, running, spread
 
 COUNTER = """
 import json, sys, time
@@ -52,11 +52,11 @@ def test_all_contenders_stand_still_between_measurements_and_are_gone_afterwards
 def test_interleave_rates_each_contender_in_every_round(tmp_path):
     rates = interleave([contender(tmp_path, "a"), contender(tmp_path, "b")], rounds=3, steps=2, warmup_steps=1)
     assert {name: len(values) for name, values in rates.items()} == {"a": 3, "b": 3}
-    assert all(rate > 0 for values in rates.values() for rate in values)
+    assert all(rate.per_second > 0 for values in rates.values() for rate in values)
 
 
-def test_a_rate_counts_the_tokens_between_the_first_and_the_last_step():
-    assert rate([(10.0, {"tokens": 100}), (12.0, {"tokens": 190}), (14.0, {"tokens": 300})]) == 200 / 4.0
+def test_a_rate_counts_the_tokens_between_two_readings():
+    assert rates_between((10.0, 3.0, 100.0), (14.0, 5.0, 300.0)) == Rates(per_second=50.0, per_cpu_second=100.0)
 
 
 def test_a_contender_that_ends_is_an_error_with_the_end_of_its_log(tmp_path):
@@ -79,7 +79,9 @@ def test_unfinished_lines_and_validation_records_are_not_steps(tmp_path):
 
 
 def test_ratios_are_of_the_same_round():
-    rates = {"ours": [10.0, 40.0, 30.0], "peer": [5.0, 10.0, 30.0]}
-    assert ratios(rates, "ours") == {"peer": {"min": 1.0, "median": 2.0, "max": 4.0}}
+    ours = [Rates(10.0, 1.0), Rates(40.0, 1.0), Rates(30.0, 1.0)]
+    rates = {"ours": ours, "peer": [Rates(5.0, 2.0), Rates(10.0, 2.0), Rates(30.0, 2.0)]}
+    assert ratios(rates, "ours")["peer"]["per_second"] == {"min": 1.0, "median": 2.0, "max": 4.0}
+    assert ratios(rates, "ours")["peer"]["per_cpu_second"] == {"min": 0.5, "median": 0.5, "max": 0.5}
     assert spread([3.0, 1.0, 2.0]) == {"min": 1.0, "median": 2.0, "max": 3.0}
-    assert "| peer | 10 (5 to 30) | 2.00 (1.00 to 4.00) |" in rates_table(rates, "ours")
+    assert "| peer | 10 (5 to 30) | 2.00 (1.00 to 4.00) | 2 (2 to 2) | 0.50 " in rates_table(rates, "ours")
