@@ -26,13 +26,13 @@ from minigpt.errors import UserError
 
 # How often each kind of document is drawn for pretraining.
 DOCUMENTS = {
-    "story": 0.14,
-    "portrait": 0.17,
+    "story": 0.13,
+    "portrait": 0.18,
     "pair": 0.06,
-    "gathering": 0.05,
-    "self": 0.05,
+    "gathering": 0.07,
+    "self": 0.06,
     "dialogue": 0.08,
-    "sums": 0.45,
+    "sums": 0.42,
 }
 
 
@@ -54,7 +54,7 @@ SIZES = {
         people=24, documents=2_900, conversations=1_900, heldout_qa=200, heldout_sums=200, heldout_stories=32
     ),
     "quickstart": Size(
-        people=24, documents=11_000, conversations=12_000, heldout_qa=200, heldout_sums=200, heldout_stories=64
+        people=24, documents=15_600, conversations=14_500, heldout_qa=200, heldout_sums=200, heldout_stories=64
     ),
 }
 
@@ -65,7 +65,7 @@ class MicroWorldOptions:
 
     Args:
         seed: chooses the world, what is held out, and every sentence; the same seed gives the same bytes everywhere.
-        size: `tiny` (for tests), `small` (about 250k tokens of text, 150k of chats) or `quickstart` (four times that).
+        size: `tiny` (for tests), `small` (about 250k tokens of text, 150k of chats) or `quickstart` (1.3M and 1.1M).
     """
 
     seed: int = 0

@@ -200,8 +200,10 @@ def portrait(world: World, person: int, lang: Lang, stream: Stream) -> str:
 
 
 def gathering(world: World, lang: Lang, stream: Stream) -> str:
-    """One thing of the valley and everybody it is true of: the same facts, told from the value's side."""
-    relation = stream.choice(tuple(VALUES))
+    """One thing of the valley and everybody it is true of, or some pairs of friends: facts told from the other side."""
+    relation = stream.choice(RELATIONS)
+    if relation == "friend":
+        return _pairs_of_friends(world, lang, stream)
     value = stream.choice(VALUES[relation])
     people = [p for p in range(len(world.names)) if world.value(p, relation) == value]
     if not people:
@@ -227,6 +229,14 @@ def gathering(world: World, lang: Lang, stream: Stream) -> str:
     head = heads[lang][relation].format(v=value.text(lang))
     forms = len(STATEMENTS[lang][relation])
     told = [state(world, p, relation, lang, stream.below(forms)) for p in stream.shuffled(people)]
+    return f"{head}\n" + (" " if lang == "en" else "").join(told)
+
+
+def _pairs_of_friends(world: World, lang: Lang, stream: Stream) -> str:
+    head = {"en": "Who are best friends?", "zh": "谁和谁是最好的朋友？"}[lang]
+    forms = len(STATEMENTS[lang]["friend"])
+    people = stream.sample(range(len(world.names)), 4)
+    told = [state(world, p, "friend", lang, stream.below(forms)) for p in people]
     return f"{head}\n" + (" " if lang == "en" else "").join(told)
 
 
