@@ -113,7 +113,8 @@ def attention(q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, 
         return _varlen(q_BHTD, k_BGSD, v_BGSD, pattern)
     if pattern.backend == "reference":
         return _reference(q_BHTD, k_BGSD, v_BGSD, pattern.mask)
-    if pattern.backend == "blocks" and pattern.mask is not None and torch.compiler.is_compiling():
+    fits_blocks = pattern.backend == "blocks" and pattern.mask is not None and q_BHTD.shape[2] % _QUERY_BLOCKS == 0
+    if fits_blocks and torch.compiler.is_compiling():
         return _blocks(q_BHTD, k_BGSD, v_BGSD, pattern.mask)
     is_causal = pattern.mask is None
     grouped = q_BHTD.shape[1] != k_BGSD.shape[1]
