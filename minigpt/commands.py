@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -130,24 +129,14 @@ class ImportOptions:
 
 def import_hf(options: ImportOptions) -> None:
     """Check a Hugging Face folder and copy it into a run folder."""
-    from minigpt.model.hf import load_generation_config
-    from minigpt.model.model_minigpt import MiniGPT
+    from minigpt.model.hf import convert_hf_folder
 
     if options.output.exists() and any(options.output.iterdir()):
         raise UserError(f"{options.output} is not empty; give another --output")
-    model = MiniGPT.from_pretrained(options.folder)
     if not (options.folder / "tokenizer.json").exists():
         raise UserError(f"{options.folder} has no tokenizer.json; add the model's tokenizer to the folder")
-    try:
-        model.save_pretrained(
-            options.output / "hf",
-            tokenizer_folder=options.folder,
-            generation_config=load_generation_config(options.folder),
-        )
-    except BaseException:
-        shutil.rmtree(options.output, ignore_errors=True)
-        raise
-    print(f"{model.num_parameters() / 1e6:.1f}M parameters, written to {options.output}")
+    convert_hf_folder(options.folder, options.output / "hf")
+    print(f"written to {options.output}; use it as --init {options.output} or with minigpt chat")
 
 
 @dataclass
