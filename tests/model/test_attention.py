@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from minigpt.model.attention import (
     AttentionPattern,
@@ -15,7 +16,7 @@ from minigpt.model.attention import (
     packed_pattern,
 )
 
-BACKENDS = ("varlen", "sdpa")
+BACKENDS = ("varlen", "blocks", "sdpa")
 # Documents of two rows, in tokens: of one token, of many, and padding (-1) at the end of the second row.
 DOCUMENT_LENGTHS = ((5, 1, 18), (11, 6))
 T = 24
@@ -55,6 +56,13 @@ def output_and_gradients(compute, tensors):
     return [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
 
 
+@pytest.fixture(autouse=True)
+def blocks_outside_of_graphs(request, monkeypatch):
+    """Query blocks are taken in compiled graphs only; here they run without the minutes that compiling takes."""
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("backend") == "blocks":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
 def relative_error(found, expected) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
@@ -75,31 +83,45 @@ def test_every_backend_is_the_formula_in_output_and_gradient(backend, heads):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_document_changes_nothing_not_even_a_bit(backend, dtype):
-    """Everything of document 1 of row 0 is replaced, by infinities too: the rest keeps its bits, gradients included."""
+    """Everything of the middle document is replaced, by larger numbers too: the rest keeps its bits, also gradients."""
     lengths = ((5, 7, 12),)
     pattern = packed_pattern(document_ids(lengths), dtype, backend)
     others = [0, 1, 2, 3, 4, *range(12, 24)]
-    compute = lambda q, k, v: attention(q, k, v, pattern)[:, :, others]  # noqa: E731
-    first = output_and_gradients(compute, random_qkv(dtype, rows=1))
+
+    def output_of_the_others(q, k, v):
+        return attention(q, k, v, pattern)[:, :, others]
+
+    first = output_and_gradients(output_of_the_others, random_qkv(dtype, rows=1))
     changed = random_qkv(dtype, rows=1)
     for x, noise in zip(changed, random_qkv(dtype, rows=1, seed=1), strict=True):
         x.data[:, :, 5:12] = 100 * noise.data[:, :, 5:12]
-    second = output_and_gradients(compute, changed)
+    second = output_and_gradients(output_of_the_others, changed)
     assert torch.equal(first[0], second[0])
     for a, b in zip(first[1:], second[1:], strict=True):
         assert torch.equal(a[:, :, others], b[:, :, others])
         assert not b[:, :, 5:12].any(), "what is not asked for has no gradient"
 
 
-def test_the_future_is_not_seen():
-    for backend in (*BACKENDS, "reference"):
-        pattern = packed_pattern(document_ids(((T,),)), torch.float32, backend)
-        q, k, v = random_qkv(torch.float32, rows=1)
-        before = attention(q, k, v, pattern)
-        k.data[:, :, 15:], v.data[:, :, 15:] = 7.0, -7.0
-        after = attention(q, k, v, pattern)
-        assert torch.equal(before[:, :, :15], after[:, :, :15]), backend
-        assert not torch.equal(before[:, :, 15:], after[:, :, 15:])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_the_future_is_not_seen(backend):
+    pattern = packed_pattern(document_ids(((T,),)), torch.float32, backend)
+    q, k, v = random_qkv(torch.float32, rows=1)
+    before = attention(q, k, v, pattern)
+    k.data[:, :, 15:], v.data[:, :, 15:] = 7.0, -7.0
+    after = attention(q, k, v, pattern)
+    assert torch.equal(before[:, :, :15], after[:, :, :15])
+    assert not torch.equal(before[:, :, 15:], after[:, :, 15:])
+
+
+def test_query_blocks_are_what_a_compiled_graph_computes():
+    """Otherwise the tests above would compare SDPA with itself; rows that blocks do not divide stay with SDPA."""
+    for row_length, products in ((24, 8), (22, 0)):
+        torch._dynamo.reset()
+        graphs = torch._dynamo.testing.EagerAndRecordGraphs()
+        pattern = packed_pattern(document_ids(((row_length,),), row_length), torch.float32, "blocks")
+        torch.compile(attention, backend=graphs)(*random_qkv(torch.float32, rows=1, row_length=row_length), pattern)
+        (graph,) = graphs.graphs
+        assert sum("matmul" in str(node.target) for node in graph.graph.nodes) == products
 
 
 def test_a_cache_shows_each_row_what_lies_up_to_its_own_position():
@@ -133,6 +155,8 @@ def test_repeated_boundaries_at_the_end_are_empty_documents():
 
 def test_long_rows_on_a_cpu_take_the_backend_without_a_mask():
     assert choose_backend("cpu", 1024) == "sdpa"
+    assert choose_backend("cpu", 1024, compiled=True) == "blocks"
+    assert choose_backend("cpu", 1026, compiled=True) == "varlen"
     assert choose_backend("cpu", 1025) == "varlen"
     assert choose_backend("cuda", 256) == "varlen"
     assert choose_backend("cuda", 256, torch.float32) == "sdpa", "flash kernels take no float32"
