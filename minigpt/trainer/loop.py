@@ -156,6 +156,7 @@ class _Trainer:
         self.model.attention_backend = options.attention_backend or choose_backend(
             self.processes.device, self.data.seq_len, dtype, self.engine.compiled
         )
+        self.model.model.gradient_checkpointing = options.gradient_checkpointing
         self._resume()
         run.start(self._description(dtype), self.total_steps, self.progress.step, self.processes.device, dtype)
         try:
@@ -191,7 +192,7 @@ class _Trainer:
 
     def _steps(self, stop: _GracefulStop) -> None:
         options, progress = self.options, self.progress
-        batches = _prefetch(self._step_batches(), self.processes.device)
+        batches = _prefetch(self._step_batches(), self._tensors)
         nan_steps = 0
         started = time.monotonic()
         while progress.step < self.total_steps:
@@ -228,7 +229,7 @@ class _Trainer:
             if stop_asked and progress.step < self.total_steps:
                 self.save()
                 self.run_folder.say(f"stopped at step {progress.step}; the same command goes on from here")
-                raise SystemExit(128 + stop.signal_number)
+                raise SystemExit(128 + (stop.signal_number or signal.SIGTERM))  # or another rank was asked
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -257,6 +258,9 @@ class _Trainer:
             if len(window) == source.micro_batches_per_step:
                 yield window
                 window = []
+
+    def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return to_tensors(batch, self.processes.device, self.model.attention_backend)
 
     def _log(self, rate: float, grad_norm: float, tokens_per_second: float, flops_per_second: float) -> None:
         peak = self.run_folder.peak.flops * self.processes.world_size
@@ -297,7 +301,7 @@ class _Trainer:
         for batch in batches:
             counted = batch["weights"] > 0
             batch["weights"] = counted.astype(np.float32)  # a plain mean: extra weights steer training, not judgement
-            loss += self.engine.evaluate(to_tensors(batch, self.processes.device)).item()
+            loss += self.engine.evaluate(self._tensors(batch)).item()
             labels += float(counted.sum())
             byte_count += float(byte_lengths[batch["labels"][counted]].sum())
         loss, labels, byte_count = self.engine.sum_over_ranks([loss, labels, byte_count])
@@ -380,11 +384,12 @@ def total_steps(options: TrainOptions, rows: int) -> int:
     return options.max_steps or max(1, math.ceil(options.epochs * rows / options.global_batch_size))
 
 
-def to_tensors(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+def to_tensors(batch: Batch, device: torch.device, attention_backend: str | None = None) -> dict[str, torch.Tensor]:
     """A collated batch as tensors on the device; copies from pinned memory do not wait."""
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-    if device.type == "cuda":
+    if attention_backend == "varlen":
         tensors["cu_seqlens"] = _fixed_boundaries(batch["document_ids"])
+    if device.type == "cuda":
         return {name: t.pin_memory().to(device, non_blocking=True) for name, t in tensors.items()}
     return tensors
 
@@ -400,7 +405,7 @@ def _fixed_boundaries(document_ids_BT: np.ndarray) -> torch.Tensor:
 
 
 def _prefetch(
-    steps: Iterator[list[Batch]], device: torch.device
+    steps: Iterator[list[Batch]], to_tensors: Callable[[Batch], dict[str, torch.Tensor]]
 ) -> Iterator[tuple[list[dict[str, torch.Tensor]], list[float]]]:
     """Tensors and statistics (weight, tokens, labels, attention pairs) of a step, the next one made meanwhile."""
 
@@ -408,7 +413,7 @@ def _prefetch(
         window = next(steps)
         counts = [token_statistics(batch) for batch in window]
         totals = [(c.label_weight, c.tokens, c.labels, c.attention_pairs) for c in counts]
-        return [to_tensors(batch, device) for batch in window], [float(sum(t)) for t in zip(*totals, strict=True)]
+        return [to_tensors(batch) for batch in window], [float(sum(t)) for t in zip(*totals, strict=True)]
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         coming = pool.submit(prepare)
@@ -427,7 +432,10 @@ def _memory_gb(device: torch.device) -> float:
 
 
 class _GracefulStop:
-    """SIGTERM and Ctrl-C end the run after the current step, with a checkpoint; a second one ends it at once."""
+    """SIGTERM and Ctrl-C end the run after the current step, with a checkpoint; the same once more ends it at once.
+
+    (The same: at a Ctrl-C under the launcher a process gets the terminal's SIGINT and the launcher's SIGTERM.)
+    """
 
     def __init__(self) -> None:
         self.signal_number = 0
@@ -447,7 +455,9 @@ class _GracefulStop:
 
     def _note(self, number: int, frame: Any) -> None:
         if self.asked:
-            os._exit(128 + number)
+            if number == self.signal_number:
+                os._exit(128 + number)
+            return
         self.signal_number = number
         print("stopping after this step (once more: at once)", file=sys.stderr, flush=True)
 
