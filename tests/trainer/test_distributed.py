@@ -1,0 +1,140 @@
+"""The same training at every ZeRO stage, world size and micro-batch; ranks agree; a NaN anywhere is skipped everywhere.
+
+Two real processes under the `deepspeed` launcher (gloo), one without any launcher, and as the independent yardstick
+plain PyTorch autograd on the whole global batch in float64.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed_worker import GLOBAL_BATCH, NAN_STEP, STEPS, FixedRows, make_model
+
+from minigpt.dataset.shards import GlobalOrder, collate
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+FP32 = [f"{stage}:fp32:{micro}" for stage in range(4) for micro in (1, 4)]
+BF16 = [f"{stage}:bf16:{micro}" for stage in (1, 2, 3) for micro in (2,)]
+WITH_NAN = ["0:fp32:4:nan", "1:bf16:4:nan", "2:bf16:4:nan", "3:bf16:4:nan"]
+CASES = [*FP32, *BF16, *WITH_NAN]
+
+Results = dict[tuple[str, int], list[dict[str, Any]]]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(world_size: int, *arguments: str) -> None:
+    """Run a script in `world_size` processes; its output is in the error when it fails."""
+    launcher = [sys.executable]
+    if world_size > 1:
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        launcher = [str(deepspeed), "--num_accelerators", str(world_size), "--master_port", str(free_port())]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=500)
+    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-3000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Results:
+    """What every case came to, by (case, world size); one entry a rank."""
+    found: Results = {}
+    for world_size in (1, 2):
+        folder = tmp_path_factory.mktemp(f"world{world_size}")
+        launch(world_size, str(WORKER), str(folder), *CASES)
+        for case in CASES:
+            name = case.replace(":", "_")
+            found[case, world_size] = [
+                torch.load(folder / f"{name}_rank{rank}.pt", weights_only=True) for rank in range(world_size)
+            ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the first global batch by plain autograd in float64."""
+    model = make_model().double()
+    rows, order = FixedRows(), GlobalOrder(GLOBAL_BATCH * STEPS)
+    batch = {
+        k: torch.from_numpy(v) for k, v in collate([rows.row(order.index(i)) for i in range(GLOBAL_BATCH)]).items()
+    }
+    logits = model(batch["input_ids"], batch["position_ids"], batch["document_ids"]).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    weights = batch["weights"].flatten().double()
+    loss = (losses * weights).sum() / weights.sum()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", FP32)
+def test_loss_and_gradients_equal_plain_autograd_on_the_whole_batch(results, reference, case, world_size):
+    loss, gradients = reference
+    for rank in results[case, world_size]:
+        assert rank["losses"][0] == pytest.approx(loss, rel=1e-6)
+        assert rank["gradients"].keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            error = (rank["gradients"][name].double() - gradient).norm() / gradient.norm()
+            assert error <= 1e-5, name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", FP32)
+def test_gradient_norm_is_that_of_the_whole_gradient(results, reference, case, world_size):
+    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in reference[1].values()]))
+    for rank in results[case, world_size]:
+        assert rank["norms"][0] == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", FP32[1:])
+def test_float32_losses_do_not_depend_on_stage_world_size_or_micro_batch(results, case, world_size):
+    np.testing.assert_allclose(results[case, world_size][0]["losses"], results[FP32[0], 1][0]["losses"], rtol=2e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", BF16)
+def test_bf16_stages_follow_the_float32_run(results, case, world_size):
+    float32 = np.array(results["1:fp32:4", 1][0]["losses"])
+    assert np.abs(np.array(results[case, world_size][0]["losses"]) - float32).max() <= 0.03
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_masters_start_as_the_unrounded_float32_weights(results, case, world_size):
+    for name, parameter in make_model().named_parameters():
+        assert torch.equal(results[case, world_size][0]["weights"][0][name], parameter.detach()), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ranks_hold_the_same_weights_after_every_step(results, case):
+    first, second = results[case, 2]
+    embedding = "model.embed_tokens.weight"
+    assert not torch.equal(first["weights"][0][embedding], first["weights"][1][embedding])
+    for step in range(STEPS + 1):
+        for name, weight in first["weights"][step].items():
+            assert torch.equal(weight, second["weights"][step][name]), (step, name)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", WITH_NAN)
+def test_an_infinite_loss_on_one_rank_makes_all_ranks_skip_the_step_and_go_on(results, case, world_size):
+    for rank in results[case, world_size]:
+        assert rank["applied"] == [step != NAN_STEP for step in range(STEPS)]
+        for name, before in rank["weights"][NAN_STEP].items():
+            assert torch.equal(before, rank["weights"][NAN_STEP + 1][name]), name
+        assert all(torch.isfinite(w).all() for w in rank["weights"][-1].values())
+        moved = [not torch.equal(w, rank["weights"][NAN_STEP + 1][n]) for n, w in rank["weights"][-1].items()]
+        assert all(moved)
