@@ -50,7 +50,7 @@ check_compiler() { # $1: the interpreter
 }
 
 install() { # pip with the pinned versions
-    "$VENV/bin/python" -m pip --disable-pip-version-check --quiet install --constraint "$ROOT/constraints.txt" "$@" ||
+    "$VENV/bin/python" -m pip --disable-pip-version-check -qq install --constraint "$ROOT/constraints.txt" "$@" ||
         die "pip could not install $*; its reason stands above: mend it and run the same command again"
 }
 

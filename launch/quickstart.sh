@@ -3,4 +3,5 @@
 # Options go to `minigpt quickstart`; see ./launch/quickstart.sh --help.
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 ensure_environment
-exec minigpt quickstart "$@"
+minigpt quickstart "$@"
+printf '\nFor the commands above, enter this environment first:  source %s/bin/activate\n' "$VENV"

@@ -1,0 +1,215 @@
+"""`minigpt verify N`: the check that ends milestone N of the guide, told line by line.
+
+Each check does what the guide's own script does and looks a little closer: besides the shape of an output it asks for
+what would be different if the code were wrong. Nothing is written but the runs of milestones 4 and 5 in `save_dir`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minigpt.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from minigpt.model.model_minigpt import MiniGPT
+
+TOKENIZER = Path(__file__).parent / "model"
+TAGS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<answer>", "</answer>")
+
+
+@dataclass
+class VerifyOptions:
+    """Run the check of a milestone of the guide.
+
+    Args:
+        milestone: 1 tokenizer, 2 model, 3 datasets, 4 pretraining, 5 supervised fine-tuning, 6 chat.
+        save_dir: Where milestones 4 and 5 train; a run that is finished there is looked at, not trained again.
+    """
+
+    milestone: int
+    save_dir: Path = Path("out/milestones")
+
+
+def verify(options: VerifyOptions) -> None:
+    """Run the check of a milestone; the first thing that is not as it should be ends it with status 1."""
+    if options.milestone not in MILESTONES:
+        raise UserError(
+            f"there is no check for milestone {options.milestone}; there are {', '.join(map(str, MILESTONES))}"
+        )
+    title, check = MILESTONES[options.milestone]
+    print(f"milestone {options.milestone}: {title}")
+    check(options)
+    print(f"milestone {options.milestone} is passed")
+
+
+def verify_tokenizer(options: VerifyOptions) -> None:
+    """Milestone 1: text becomes ids and comes back unchanged."""
+    tokenizer = _tokenizer()
+    text = "你好，MiniGPT！"
+    ids = tokenizer.encode(text)
+    print(f"  {text!r} → {ids}")
+    _expect(tokenizer.decode(ids) == text, "decoding the ids gives the text back")
+    hard = "naïve 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 🙂\t\n  two  spaces 3.14159 漢字かな"
+    _expect(tokenizer.decode(tokenizer.encode(hard)) == hard, "so it does for rare characters, digits and white space")
+    _expect(all(len(tokenizer.encode(tag)) == 1 for tag in TAGS), f"{' '.join(TAGS)} are one id each")
+
+
+def verify_model(options: VerifyOptions) -> None:
+    """Milestone 2: logits of the right shape, of a model that knows nothing yet and cannot see the future."""
+    import torch
+
+    from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+
+    torch.manual_seed(0)
+    model = MiniGPT(
+        MiniGPTConfig(
+            vocab_size=6400,
+            hidden_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+        )
+    ).eval()
+    print(f"  {sum(p.numel() for p in model.parameters()):,} parameters")
+    ids_BT = torch.randint(0, 6400, (2, 10))
+    with torch.no_grad():
+        logits_BTV = model(ids_BT).logits
+        _expect(logits_BTV.shape == (2, 10, 6400), "the logits are [2, 10, 6400]")
+        loss = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()).item()
+        _expect(abs(loss - math.log(6400)) < 0.5, f"the loss of random weights, {loss:.2f}, is near ln 6400 = 8.76")
+        other_BT = ids_BT.clone()
+        other_BT[:, -1] = (other_BT[:, -1] + 1) % 6400
+        same = torch.equal(model(other_BT).logits[:, :-1], logits_BTV[:, :-1])
+        _expect(same, "another last token changes nothing at the positions before it")
+
+
+def verify_datasets(options: VerifyOptions) -> None:
+    """Milestone 3: labels are the inputs moved by one, and only the assistant's words are learned."""
+    from minigpt.dataset.lm_dataset import PretrainDataset, SFTDataset
+
+    tokenizer = _tokenizer()
+    turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+    with tempfile.TemporaryDirectory() as folder:
+        texts, chats = Path(folder, "pretrain.jsonl"), Path(folder, "sft.jsonl")
+        texts.write_text(json.dumps({"text": "MiniGPT reads."}) + "\n", encoding="utf-8")
+        chats.write_text(json.dumps({"conversations": turns}) + "\n", encoding="utf-8")
+        x, y, mask = PretrainDataset(texts, tokenizer, max_length=32)[0]
+        _expect(x[1:].tolist() == y[:-1].tolist(), "pretraining: y is x moved by one token")
+        _expect(
+            str(tokenizer.decode(y[mask > 0])).endswith("reads.<|endoftext|>"),
+            "pretraining: the text and its end are learned",
+        )
+        x, y, mask = SFTDataset(chats, tokenizer, max_length=64)[0]
+    print(
+        f"  input {tokenizer.decode(x[: int(mask.nonzero().max()) + 1])!r}\n  mask  {[int(m) for m in mask.tolist()]}"
+    )
+    _expect(tokenizer.decode(y[mask > 0]) == "B<|im_end|>", "SFT: exactly the answer B and its <|im_end|> are learned")
+
+
+def verify_pretrain(options: VerifyOptions) -> None:
+    """Milestone 4: one epoch over the embedded world; the loss begins at ln(vocab) and falls."""
+    run = _train("train_pretrain", options.save_dir / "out_test")
+    losses = _check_losses(run)
+    _expect(
+        abs(losses[0] - math.log(6400)) < 0.5, f"it begins at {losses[0]:.2f}, near ln 6400 = 8.76: nothing is known"
+    )
+    _expect(any(run.glob("pretrain_*.pth")), f"{run} holds the weights, {next(run.glob('*.pth')).name}")
+
+
+def verify_sft(options: VerifyOptions) -> None:
+    """Milestone 5: the same loop over conversations, from the weights of milestone 4."""
+    if not (options.save_dir / "out_test" / "summary.json").exists():
+        verify_pretrain(options)
+    run = _train("train_full_sft", options.save_dir / "out_sft_test")
+    losses = _check_losses(run)
+    _expect(losses[0] < 0.9 * math.log(6400), f"it begins at {losses[0]:.2f}: the weights of milestone 4 are in use")
+    _expect(any(run.glob("full_sft_*.pth")), f"{run} holds the weights, {next(run.glob('*.pth')).name}")
+
+
+def verify_chat(options: VerifyOptions) -> None:
+    """Milestone 6: the saved weights answer through a hand-written `generate`."""
+    import torch
+
+    if not (options.save_dir / "out_sft_test" / "summary.json").exists():
+        verify_sft(options)
+    run = options.save_dir / "out_sft_test"
+    model, weights = _model_of(run)
+    result = model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
+    unused = [*result.missing_keys, *result.unexpected_keys]
+    _expect(
+        not unused, f"every tensor of {weights.name} has its place in the model" + f" ({unused[:3]})" * bool(unused)
+    )
+    tokenizer = _tokenizer()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True
+    )
+    input_ids = tokenizer(prompt, return_tensors="pt").input_ids
+    torch.manual_seed(0)
+    with torch.no_grad():
+        output = model.eval().generate(input_ids, max_new_tokens=50)
+    _expect(output[0, : input_ids.shape[1]].tolist() == input_ids[0].tolist(), "the output begins with the prompt")
+    answer = output[0, input_ids.shape[1] :]
+    _expect(0 < len(answer) <= 50, f"{len(answer)} new tokens")
+    print(f"  你好 → {tokenizer.decode(answer, skip_special_tokens=True)!r}")
+
+
+MILESTONES: dict[int, tuple[str, Callable[[VerifyOptions], None]]] = {
+    1: ("tokenizer", verify_tokenizer),
+    2: ("model architecture", verify_model),
+    3: ("dataset pipeline", verify_datasets),
+    4: ("pretraining loop", verify_pretrain),
+    5: ("supervised fine-tuning", verify_sft),
+    6: ("inference and chat", verify_chat),
+}
+
+
+def _expect(good: bool, statement: str) -> None:
+    if not good:
+        raise UserError(f"the check fails, this is not so: {statement}")
+    print(f"  ok: {statement}", flush=True)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(TOKENIZER))
+
+
+def _train(module: str, run: Path) -> Path:
+    """The guide's training command, seen by the user; returns the finished run."""
+    arguments = ["--epochs", "1", "--batch_size", "2", "--save_dir", str(run)]
+    print(f"  python trainer/{module}.py {' '.join(arguments)}", flush=True)
+    if subprocess.run([sys.executable, "-m", f"minigpt.trainer.{module}", *arguments]).returncode:
+        raise UserError(f"the training command failed; what it said stands above, {run} holds what it wrote")
+    return run
+
+
+def _check_losses(run: Path) -> list[float]:
+    """The losses of a run's steps, after checking that they are numbers and fall."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    losses: list[float] = [record["loss"] for record in records if record.get("kind") == "train"]
+    _expect(all(map(math.isfinite, losses)), f"the loss is a number at all {len(losses)} steps")
+    part = max(1, len(losses) // 10)
+    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+    _expect(last < first, f"the loss falls: {first:.4f} over the first tenth, {last:.4f} over the last")
+    return losses
+
+
+def _model_of(run: Path) -> tuple[MiniGPT, Path]:
+    """A model of a run's shape with random weights, and the file with its weights."""
+    from minigpt.model.hf import config_from_hf
+    from minigpt.model.model_minigpt import MiniGPT
+
+    config_file = run / "hf" / "config.json"
+    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    return MiniGPT(config_from_hf(config, config_file)), next(run.glob("full_sft_*.pth"))
