@@ -40,7 +40,9 @@ run() {
     fi
 }
 
-run gpu_tests 150 "$python" -m pytest -m gpu -q --no-header -p no:cacheprovider
+gpu_tests=("$python" -m pytest -m gpu -q --no-header -p no:cacheprovider)
+[ "${#smoke[@]}" -gt 0 ] && gpu_tests+=(--collect-only) # they cannot run on every machine
+run gpu_tests 150 "${gpu_tests[@]}"
 {
     echo "## Tests marked gpu"
     echo
