@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,8 +61,7 @@ def save(engine: Engine, run: Path, state: dict[str, Any], keep: int) -> Path:
                 shutil.rmtree(final)
             partial.rename(final)
             _sync(final.parent)
-            for old in list_checkpoints(run)[:-keep]:
-                shutil.rmtree(old)
+            _tidy(run, final, keep)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -71,6 +71,19 @@ def save(engine: Engine, run: Path, state: dict[str, Any], keep: int) -> Path:
         ) from error
     engine.barrier()
     return final
+
+
+def _tidy(run: Path, newest: Path, keep: int) -> None:
+    """Delete what `newest` replaces: older checkpoints beyond `keep`, and what an earlier attempt left behind.
+
+    Checkpoints of later steps are such leftovers: damaged ones that were passed over, or those of a run that was
+    started anew. Kept, they would count among the newest and be resumed from.
+    """
+    finished = list_checkpoints(run)
+    older = [path for path in finished if path.name <= newest.name][:-keep]
+    later = [path for path in finished if path.name > newest.name]
+    for path in [*older, *later, *newest.parent.glob(".step_*.partial")]:
+        shutil.rmtree(path)
 
 
 def _reason(error: Exception) -> str:
@@ -113,6 +126,8 @@ def verify(folder: Path) -> dict[str, Any]:
         hashes = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         raise UserError(f"{folder} has no readable {MANIFEST}") from None
+    if not isinstance(hashes, dict) or STATE not in hashes:
+        raise UserError(f"{folder / MANIFEST} does not list {STATE}")
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():
@@ -134,11 +149,20 @@ def newest_good(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, 
 
 
 def load(engine: Engine, folder: Path) -> None:
-    """Put a verified checkpoint's weights, optimizer state and random state back. All ranks call it."""
-    engine.load_state(folder)
+    """Put a verified checkpoint's weights, optimizer state and random state back. All ranks call it.
+
+    Errors: UserError when a file holds anything but tensors and plain values; nothing in it is executed.
+    """
     path = folder / f"rng_{engine.processes.rank:05d}.pt"
-    if path.exists():
-        _set_rng_state(torch.load(path, weights_only=True))
+    try:
+        engine.load_state(folder)
+        if path.exists():
+            _set_rng_state(torch.load(path, weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{folder} holds objects that a training state has no use for, so it was not loaded; delete that folder "
+            "to go on from the checkpoint before it"
+        ) from error
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

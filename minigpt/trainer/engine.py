@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -55,11 +54,9 @@ def init_processes() -> Processes:
     """Join the process group that the launcher describes in the environment; alone when there is no launcher."""
     import deepspeed
 
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+    alone = "MASTER_PORT" not in os.environ
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, value)  # DeepSpeed reads them from here
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -70,14 +67,10 @@ def init_processes() -> Processes:
         # its inference uses. Training communicates by gloo; so nothing is built, and no compiler is needed.
         deepspeed.ops.__compatible_ops__ = {}
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if alone:  # no port is opened, and none is left in the environment for programs that are started from here
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return Processes(rank, local_rank, world_size, device)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ class Engine:
 
         self.processes = processes
         self.device, self.world_size = processes.device, processes.world_size
-        self.compiled = compile
+        self.compiled, self.dtype = compile, dtype
         self.config = _deepspeed_config(config, dtype, grad_clip)
         self.zero_stage: int = self.config["zero_optimization"]["stage"]
         module = module.to(self.device)
@@ -260,9 +253,15 @@ class Engine:
                 script.unlink()
 
     def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote, at the same world size. The files must have been verified before."""
+        """Read what `save_state` wrote, at the same world size. The files must have been verified before.
+
+        The optimizer's state is the checkpoint's, its hyperparameters are those that this engine was made with.
+        """
+        ours = [{name: group[name] for name in ("betas", "weight_decay")} for group in self._optimizer.param_groups]
         with _quiet():
             path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        for group, values in zip(self._optimizer.param_groups, ours, strict=True):
+            group.update(values)
         if path is None:
             raise UserError(f"{folder} holds no DeepSpeed state; delete the folder or start with --resume never")
 
@@ -273,9 +272,12 @@ class _Stage0Guard:
     def __init__(self, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
         self.max_norm = grad_clip or float("inf")
         self.result = StepResult(False, float("nan"))
+        self.group_count = len(optimizer.param_groups)
         optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if len(optimizer.param_groups) < self.group_count:
+            return  # AdamW's step inside Muon's, over some of the groups: this step was settled already
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         applied = bool(torch.isfinite(norm))

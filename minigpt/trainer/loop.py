@@ -100,6 +100,8 @@ class _Progress:
     skipped_steps: int = 0
     last_loss: float = math.nan
     seconds: float = 0.0
+    validated_step: int = 0
+    validation: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -162,10 +164,11 @@ class _Trainer:
         try:
             with _GracefulStop() as stop:
                 self._steps(stop)
-            result = self.validate()
+            if self.progress.validated_step != self.total_steps:
+                self.validate()
         finally:
             run.pause()
-        return self._finish(result)
+        return self._finish(self.progress.validation)
 
     def _resume(self) -> None:
         if self.options.resume == "never":
@@ -177,7 +180,7 @@ class _Trainer:
         if found is None:
             return
         folder, state = found
-        self.run_folder.check_resumable(state, self.data, self.model)
+        self.run_folder.check_resumable(state, self.data, self.model, self._engine_identity())
         checkpoint.load(self.engine, folder)
         self.progress = _Progress(**state["progress"])
         self.run_folder.say(f"resuming from {folder} at step {self.progress.step} of {self.total_steps}")
@@ -285,10 +288,11 @@ class _Trainer:
             "lower --learning_rate, or look at the data with `minigpt data inspect`; the last checkpoint is untouched"
         )
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> None:
         """Loss (mean over labelled tokens, nats) and bits per byte on the validation split."""
+        self.progress.validated_step, self.progress.validation = self.progress.step, {}
         if self.valid is None:
-            return {}
+            return
         byte_lengths = self.valid.token_byte_lengths
         loss, labels, byte_count = 0.0, 0.0, 0.0
         batches = sequential_batches(
@@ -306,12 +310,12 @@ class _Trainer:
             byte_count += float(byte_lengths[batch["labels"][counted]].sum())
         loss, labels, byte_count = self.engine.sum_over_ranks([loss, labels, byte_count])
         if not labels:
-            return {}
+            return
         result = {"valid_loss": loss / labels}
         if byte_count:
             result["valid_bits_per_byte"] = loss / math.log(2) / byte_count
+        self.progress.validation = result
         self.run_folder.log(self.progress.step, {"kind": "valid", **result, "tokens": self.progress.tokens})
-        return result
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
@@ -319,10 +323,18 @@ class _Trainer:
             "step": self.progress.step,
             "progress": self.progress.to_dict(),
             **self.run_folder.identity(self.data, self.model),
-            "zero_stage": self.engine.zero_stage,
-            "world_size": self.processes.world_size,
+            **self._engine_identity(),
         }
         checkpoint.save(self.engine, self.run_folder.folder, state, self.options.keep_checkpoints)
+
+    def _engine_identity(self) -> dict[str, Any]:
+        """What decides the layout of the engine's part of a checkpoint."""
+        return {
+            "zero_stage": self.engine.zero_stage,
+            "precision": str(self.engine.dtype).removeprefix("torch."),
+            "optimizer": self.engine.optimizer_name,
+            "world_size": self.processes.world_size,
+        }
 
     def _finish(self, result: dict[str, float]) -> dict[str, Any]:
         self.save()

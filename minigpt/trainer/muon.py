@@ -78,6 +78,8 @@ class MuonWithAdamW(torch.optim.AdamW):
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
+            state["step"] = torch.zeros((), device=p.device)  # AdamW's `load_state_dict` wants one in every state
+        state["step"] += 1
         gradient = p.grad.to(p.dtype)
         state["momentum"].mul_(self.momentum).add_(gradient)
         return gradient.add(state["momentum"], alpha=self.momentum)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from minigpt.errors import UserError
+
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+)
 
 
 @dataclass
@@ -110,25 +120,22 @@ class TrainOptions:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "seq_len", "keep_checkpoints", "log_interval"):
+        counts = ("global_batch_size", "seq_len", "eval_rows", "keep_checkpoints", "log_interval", "max_nan_steps")
+        optional = ("max_steps", "micro_batch_size", *SHAPE)
+        for name in (*counts, *(name for name in optional if getattr(self, name) is not None)):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.epochs > 0, "epochs", self.epochs, "more than 0")
-        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
-        _require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
-        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "between 0 and 1")
+        for name in ("learning_rate", "weight_decay", "grad_clip", "eval_interval", "save_interval", "threads"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a number of at least 0")
+        for name in ("warmup_ratio", "min_lr_ratio"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and less than 1")
+        _require(0 < self.epochs < math.inf, "epochs", self.epochs, "a number above 0")
 
     @property
     def shape_overrides(self) -> dict[str, int]:
         """The fields of the model's shape that were given by hand."""
-        names = (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-        )
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
 
 
 def _require(good: bool, name: str, value: object, rule: str) -> None:

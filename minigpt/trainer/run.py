@@ -105,8 +105,17 @@ class Run:
             "versions": {name: package_version(name) for name in PACKAGES},
         }
 
-    def check_resumable(self, state: dict[str, Any], data: PackedDataset, model: MiniGPT) -> None:
-        """Refuse to go on with something else than what the checkpoint was made from; name changed options."""
+    def check_resumable(
+        self, state: dict[str, Any], data: PackedDataset, model: MiniGPT, engine: dict[str, Any]
+    ) -> None:
+        """Refuse to go on with something else than what the checkpoint was made from; name changed options.
+
+        Args:
+            state: The checkpoint's.
+            data: What is trained on now.
+            model: What is trained now.
+            engine: ZeRO stage, precision, optimizer and world size of now.
+        """
         now = self.identity(data, model)
         remedy = "start anew with --overwrite, or give another --save_dir"
         for key, what in (
@@ -117,10 +126,16 @@ class Run:
         ):
             if state[key] != now[key]:
                 raise UserError(f"the checkpoint in {self.folder} was made with another {what}; {remedy}")
-        if state["world_size"] != self.processes.world_size:
+        for key, what in (("zero_stage", "ZeRO stage"), ("precision", "precision"), ("optimizer", "optimizer")):
+            if state[key] != engine[key]:
+                raise UserError(
+                    f"the checkpoint in {self.folder} was made with {what} {state[key]}, now it is {engine[key]}; "
+                    f"take the same, or {remedy}"
+                )
+        if state["world_size"] != engine["world_size"]:
             raise UserError(
                 f"the checkpoint in {self.folder} was written by {state['world_size']} processes, now there are "
-                f"{self.processes.world_size}; start as many, or {remedy}"
+                f"{engine['world_size']}; start as many, or {remedy}"
             )
         changed = {k: (state["options"].get(k), v) for k, v in now["options"].items() if state["options"].get(k) != v}
         for key, (old, new) in changed.items():

@@ -220,7 +220,7 @@ def _load_init(init: Path, data: PackedDataset) -> MiniGPT:
             f"rows of {data.seq_len} tokens are longer than {init} was made for "
             f"({model.config.max_position_embeddings}); pack the data with a smaller --seq_len"
         )
-    masters = sorted(init.glob("*.pth"), key=lambda path: path.stat().st_mtime)
+    masters = sorted(init.glob("*.pth"), key=lambda path: path.stat().st_mtime) if folder != init else []
     if masters:
         model.load_state_dict(torch.load(masters[-1], map_location="cpu", weights_only=True))
     return model
