@@ -154,7 +154,7 @@ def parse_options(
     from jsonargparse import ArgumentError, ArgumentParser
 
     description = (about or options.__doc__ or "").strip().split("\n\n")[0]
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(options, as_positional=positional, fail_untyped=False)
     fields = typing.get_type_hints(options)
@@ -181,23 +181,29 @@ def _expand(arguments: list[str], fields: dict[str, Any]) -> list[str]:
         i += 1
         if argument.startswith("--local_rank"):  # the environment says it too
             continue
-        name, has_value, _ = argument.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if argument.startswith("--") and name == "batch_size" and "global_batch_size" in fields:
-            argument = argument.replace("batch", "global_batch", 1)
-            name = "global_batch_size"
-        kind = fields.get(name) if argument.startswith("--") and not has_value else None
-        if kind is None:
+        if not argument.startswith("--"):
             expanded.append(argument)
             continue
-        values = []
-        while i < len(arguments) and not arguments[i].startswith("--"):
+        name, has_value, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if name == "batch_size" and "global_batch_size" in fields:
+            name = "global_batch_size"
+        kind = fields.get(name)
+        if kind is None:  # the parser's own (--config, --help), or nobody's
+            expanded.append(argument)
+            continue
+        values = [value] if has_value else []
+        while not has_value and i < len(arguments) and not arguments[i].startswith("--"):
             values.append(arguments[i])
             i += 1
-        if _accepts(kind, list):
+        if _accepts(kind, list) and not value.startswith("["):
+            if not values:
+                raise UserError(f"--{name} needs at least one value")
             expanded.append(f"--{name}={json.dumps(values, ensure_ascii=False)}")
         elif _accepts(kind, bool) and not values:
             expanded.append(f"--{name}=true")
+        elif has_value:
+            expanded.append(f"--{name}={value}")
         else:
             expanded += [f"--{name}", *values]
     return expanded
@@ -211,11 +217,30 @@ def _accepts(kind: Any, wanted: type) -> bool:
 def _explain(message: str, fields: dict[str, Any], program: str | None) -> str:
     """One sentence of jsonargparse's complaint, with the option that was probably meant."""
     text = " ".join(message.split())
-    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)|[Kk]ey '?\"?([\w.]+)'?\"? is not expected", text)
+    unknown = re.search(
+        r"[Uu]nrecognized arguments: (\S+)|(?:[Kk]ey|[Oo]ption) ['\"]?([\w.]+)['\"]? is not (?:exp|acc)", text
+    )
     if unknown:
         name = (unknown[1] or unknown[2]).removeprefix("--").split("=")[0]
         return f"unknown option {name}{_did_you_mean(name, fields)}; `{program or sys.argv[0]} --help` lists them"
+    wrong = re.match(r'Parser key "(\w+)": .*(?:Given value|Got value): (.*)', text)
+    if wrong and wrong[1] in fields:
+        return f"--{wrong[1]} is {wrong[2]}, it must be {_in_words(fields[wrong[1]])}"
     return text.removeprefix("error: ")
+
+
+def _in_words(kind: Any) -> str:
+    """A type as a person would say it: `int | None` → "a whole number or null"."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    if kind in names:
+        return names[kind]
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return " or ".join(map(_in_words, typing.get_args(kind)))
+    if typing.get_origin(kind) is list:
+        return f"a list, each {_in_words(typing.get_args(kind)[0])}"
+    return "a path" if isinstance(kind, type) and issubclass(kind, os.PathLike) else str(kind)
 
 
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
