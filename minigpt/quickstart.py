@@ -21,12 +21,7 @@ from minigpt.errors import UserError
 if TYPE_CHECKING:
     from minigpt.observe.hardware import Probe
 
-SAMPLES = (
-    "你好！你是谁？",
-    "Who are you?",
-    "{question}",
-    "{sum}",
-)
+GREETINGS = ("你是谁？", "Who are you?")
 
 
 @dataclass
@@ -73,7 +68,7 @@ class Recipe:
 
 SEQ_LEN = 256
 RECIPES = {
-    "cpu-bf16": Recipe({"preset": "s", "dtype": "bf16"}, 8, 650, 550, 6e-3, 3e-3, 0.35, 75),
+    "cpu-bf16": Recipe({"preset": "s", "dtype": "bf16"}, 8, 650, 550, 6e-3, 3e-3, 0.40, 95),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,
          "num_key_value_heads": 3, "dtype": "fp32"}, 8, 550, 450, 6e-3, 3e-3, 0.45, 75,
@@ -128,7 +123,7 @@ def _choose(options: QuickstartOptions) -> tuple[Probe, str, Recipe]:
 def _announce(probe: Probe, name: str, recipe: Recipe) -> None:
     tokens = (recipe.pretrain_steps + recipe.sft_steps) * recipe.rows * SEQ_LEN
     seconds = recipe.overhead + probe.training_seconds(_parameters(recipe), tokens, efficiency=recipe.efficiency)
-    print(f"machine: {probe.describe()} → preset {name}, about {seconds / 60:.0f} to {seconds / 60 * 1.5:.0f} minutes")
+    print(f"machine: {probe.describe()} → preset {name}, about {seconds / 60:.0f} minutes")
 
 
 def _parameters(recipe: Recipe) -> int:
@@ -238,19 +233,26 @@ def _ask_heldout(folder: Path, data: dict[str, Path]) -> tuple[dict[str, Any], l
 
 
 def _chat_samples(folder: Path, data: dict[str, Path]) -> list[dict[str, str]]:
-    """A few answers as they come, greedily: greetings, a held-out fact, a held-out sum."""
+    """A few greedy answers as they come: who are you, and held-out questions in both languages with what is right."""
     from minigpt.evaluation.answers import read_prompt_records
     from minigpt.evaluation.exact_answer import ModelAnswers
     from minigpt.generation.load import load_for_inference
 
     print("\n[5/5] chat", flush=True)
     draw = random.Random(0)
-    question = draw.choice(read_prompt_records(data["heldout_qa"]))["messages"][-1]["content"]
-    problem = draw.choice(read_prompt_records(data["heldout_sums"]))["messages"][-1]["content"]
-    asked = [text.format(question=question, sum=problem) for text in SAMPLES]
+    asked = [(text, "") for text in GREETINGS]
+    for file, kind in ((data["heldout_qa"], "world"), (data["heldout_sums"], "sum")):
+        records = read_prompt_records(file)
+        for language in ("zh", "en"):
+            fitting = [r for r in records if r["meta"]["lang"] == language and r["meta"]["kind"] == kind]
+            record = draw.choice(fitting)
+            asked.append((record["messages"][-1]["content"], record["answer"]))
     model, encoder = load_for_inference(folder / "sft")
-    replies = ModelAnswers(model, encoder)([[{"role": "user", "content": text}] for text in asked])
-    return [{"prompt": text, "answer": reply} for text, reply in zip(asked, replies, strict=True)]
+    replies = ModelAnswers(model, encoder)([[{"role": "user", "content": text}] for text, _ in asked])
+    samples = []
+    for (text, right), reply in zip(asked, replies, strict=True):
+        samples.append({"prompt": text, "answer": reply, **({"right_answer": right} if right else {})})
+    return samples
 
 
 def _stage_rows(summaries: dict[str, Any], heldout: dict[str, Any]) -> list[dict[str, Any]]:
@@ -309,11 +311,13 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     for sample in summary["samples"]:
         console.print(f"\n[bold]you[/bold]      {escape(sample['prompt'])}")
         console.print(f"[bold]MiniGPT[/bold]  {escape(sample['answer'])}")
+        if "right_answer" in sample:
+            console.print(f"         [dim](never trained on; right is: {escape(sample['right_answer'])})[/dim]")
     run = folder / "sft"
     console.print(
         f"\n{summary['seconds'] / 60:.1f} minutes in all; report with curves: {folder / 'report.md'}\n\n"
         "What to try next\n"
-        f"  minigpt chat {run}                      talk to it (try: 12+34 等于多少？  /think off)\n"
+        f"  minigpt chat {run}                      talk to it (try: 请算一算 38 加 47。)\n"
         f"  minigpt generate {run} --prompt '你好'   one answer\n"
         "  minigpt data inspect FILE               look at your own text, then: minigpt data pack --help\n"
         "  minigpt train pretrain --help           train on it\n"

@@ -307,6 +307,8 @@ def _deepspeed_config(path: Path | None, dtype: torch.dtype, grad_clip: float) -
             raise UserError(f"no DeepSpeed configuration at {path}; the shipped ones are in ds_configs/") from None
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON ({error})") from None
+        if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+            raise UserError(f"{path} is no DeepSpeed configuration; the shipped ones are in ds_configs/")
     stage = config.setdefault("zero_optimization", {}).setdefault("stage", 1)
     if stage == 0 and dtype != torch.float32:
         raise UserError(

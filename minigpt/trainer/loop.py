@@ -143,6 +143,8 @@ class _Trainer:
         self.micro_batch = micro_batch_size(options, self.processes, self.data.seq_len)
         self.total_steps = total_steps(options, len(self.data))
         dtype = compute_dtype(options, self.processes.device)
+        tokens = self.total_steps * options.global_batch_size * self.data.seq_len / self.processes.world_size
+        run_flops = training_flops(self.model.config, tokens=tokens, labels=tokens, attention_pairs=0)
         self.engine = Engine(
             StageModule(self.model, self.stage.loss),
             self.processes,
@@ -153,7 +155,7 @@ class _Trainer:
             weight_decay=options.weight_decay,
             grad_clip=options.grad_clip,
             config=options.deepspeed,
-            compile=compile_wanted(options, self.processes.device),
+            compile=compile_wanted(options, self.processes.device, run_flops),
         )
         self.model.attention_backend = options.attention_backend or choose_backend(
             self.processes.device, self.data.seq_len, dtype, self.engine.compiled

@@ -54,7 +54,7 @@ class TrainOptions:
         beta2: AdamW's second-moment decay.
         grad_clip: Largest global gradient norm; 0 switches clipping off.
         dtype: Precision of the forward and backward pass: bf16 (masters and accumulation stay fp32), fp32, auto.
-        compile: torch.compile. None: where a C++ compiler (or a GPU with Triton) is there.
+        compile: torch.compile. None: where a C++ compiler (or a GPU) is there and the run is long enough to gain by it.
         deepspeed: A DeepSpeed JSON file, such as ds_configs/zero2.json. None: ZeRO stage 1.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         attention_backend: varlen, blocks, sdpa or reference; None: the fastest for the device.
