@@ -1,0 +1,227 @@
+"""The guide's verification scripts, verbatim, run as a reader runs them: with the current directory at `minigpt/`.
+
+They run in a copy of the package folder, so that a reader's own `out_test` is never touched; the copy comes first on
+the path, so it is the copy's code that is tested.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt.cli import main
+from minigpt.milestones import MILESTONES
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+SCRIPTS = {
+    1: """
+from transformers import PreTrainedTokenizerFast
+tokenizer = PreTrainedTokenizerFast.from_pretrained("./model")
+text = "你好，MiniGPT！"
+input_ids = tokenizer.encode(text)
+decoded_text = tokenizer.decode(input_ids)
+assert text == decoded_text.replace(" ", "")   # some tokenizers add spaces
+""",
+    2: """
+import torch
+from model.model_minigpt import MiniGPT, MiniGPTConfig
+config = MiniGPTConfig(vocab_size=6400, hidden_size=256, num_hidden_layers=2,
+                       num_attention_heads=4, max_position_embeddings=512)
+model = MiniGPT(config)
+print(sum(p.numel() for p in model.parameters()))
+dummy_input = torch.randint(0, 6400, (2, 10))
+output = model(dummy_input)
+assert output.logits.shape == (2, 10, 6400)
+""",
+    3: """
+from transformers import PreTrainedTokenizerFast
+from dataset.lm_dataset import SFTDataset
+import json
+tokenizer = PreTrainedTokenizerFast.from_pretrained("./model")
+with open("test_sft.jsonl", "w", encoding="utf-8") as f:
+    data = {"conversations": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]}
+    f.write(json.dumps(data, ensure_ascii=False))
+ds = SFTDataset("test_sft.jsonl", tokenizer, max_length=64)
+x, y, mask = ds[0]
+print("Input:", tokenizer.decode(x))
+print("Mask :", mask.tolist())     # 0 over user's "A", 1 over assistant's "B"
+""",
+    6: """
+import torch
+from transformers import PreTrainedTokenizerFast
+from model.model_minigpt import MiniGPT, MiniGPTConfig
+tokenizer = PreTrainedTokenizerFast.from_pretrained("./model")
+model = MiniGPT(MiniGPTConfig(...))                       # your configuration
+state_dict = torch.load("./out_sft_test/xxx.pth", map_location="cpu")
+model.load_state_dict(state_dict, strict=False)
+model.eval()
+messages = [{"role": "user", "content": "你好"}]
+input_str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+input_ids = tokenizer(input_str, return_tensors="pt").input_ids
+with torch.no_grad():
+    outputs = model.generate(input_ids, max_new_tokens=50)
+response = tokenizer.decode(outputs[0][len(input_ids[0]):], skip_special_tokens=True)
+""",
+}
+PRETRAIN = "python trainer/train_pretrain.py --epochs 1 --batch_size 2 --save_dir ./out_test"
+SFT = "python trainer/train_full_sft.py --epochs 1 --batch_size 2 --save_dir ./out_sft_test"
+
+# Printed after milestone 6's script, in the same process: what the test looks at.
+REVEAL = """
+import json
+result = model.load_state_dict(state_dict, strict=False)
+print(json.dumps({"missing": result.missing_keys, "unexpected": result.unexpected_keys, "response": response,
+                  "new_tokens": len(outputs[0]) - len(input_ids[0])}))
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    """A copy of the package folder, where the scripts may write."""
+    folder = tmp_path_factory.mktemp("guide") / "minigpt"
+    shutil.copytree(REPOSITORY / "minigpt", folder, ignore=shutil.ignore_patterns("__pycache__", "out*", "test_*"))
+    return folder
+
+
+def run(package: Path, *command: str) -> str:
+    """Run a command in the package folder and return what it printed."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(package.parent),
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+    }
+    done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def run_script(package: Path, number: int, text: str) -> str:
+    """Save a script as `test_phaseN.py`, as the guide does, and run it."""
+    script = package / f"test_phase{number}.py"
+    script.write_text(text.lstrip(), encoding="utf-8")
+    return run(package, "python", script.name)
+
+
+def train_losses(run_folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(package) -> str:
+    return run(package, *PRETRAIN.split())
+
+
+@pytest.fixture(scope="module")
+def tuned(package, pretrained) -> str:
+    return run(package, *SFT.split())
+
+
+def test_the_scripts_are_those_of_the_guide():
+    guide = REPOSITORY.parent / "shared" / "SEED.md"
+    if not guide.exists():
+        pytest.skip(f"no copy of the guide at {guide}; the scripts above are run all the same")
+    text = guide.read_text(encoding="utf-8")
+    for piece in (*SCRIPTS.values(), PRETRAIN, SFT):
+        assert piece.strip() in text
+
+
+def test_milestone_1_text_becomes_ids_and_comes_back(package):
+    run_script(package, 1, SCRIPTS[1])
+
+
+def test_milestone_2_the_model_gives_logits(package):
+    assert run_script(package, 2, SCRIPTS[2]).strip() == "3245568"
+
+
+def test_milestone_3_the_mask_is_1_over_the_answer_only(package):
+    printed = run_script(package, 3, SCRIPTS[3])
+    mask = json.loads(re.search(r"^Mask : (.*)$", printed, re.MULTILINE)[1])
+    text = "Input: <|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"
+    assert printed.startswith(text)
+    assert len(mask) == 63
+    assert mask[:13] == [0.0] * 11 + [1.0, 1.0]  # y: … assistant \n | B <|im_end|>
+    assert not any(mask[13:])
+
+
+@pytest.mark.slow
+def test_milestone_4_pretraining_prints_a_falling_loss_and_saves_weights(package, pretrained):
+    printed = [float(loss) for loss in re.findall(r"loss: (\d+\.\d{4})", pretrained)]
+    assert printed
+    assert "nan" not in pretrained.lower()
+    losses = train_losses(package / "out_test")
+    assert abs(losses[0] - math.log(6400)) < 0.3  # random weights know nothing
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert [file.name for file in (package / "out_test").glob("*.pth")] == ["pretrain_256.pth"]
+
+
+@pytest.mark.slow
+def test_milestone_5_fine_tuning_starts_from_the_pretrained_weights_and_the_loss_falls(package, tuned):
+    assert "out_test" in tuned  # it says which weights it starts from
+    assert re.search(r"loss: \d+\.\d{4}", tuned)
+    losses = train_losses(package / "out_sft_test")
+    assert losses[0] < 0.9 * math.log(6400)
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert [file.name for file in (package / "out_sft_test").glob("*.pth")] == ["full_sft_256.pth"]
+
+
+@pytest.mark.slow
+def test_milestone_6_the_saved_weights_answer_with_no_key_missing_or_left_over(package, tuned):
+    config = json.loads((package / "out_sft_test" / "hf" / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "intermediate_size")  # fmt: skip
+    script = SCRIPTS[6].replace("...", ", ".join(f"{name}={config[name]}" for name in names), 1)
+    script = script.replace("xxx.pth", "full_sft_256.pth")
+    told = json.loads(run_script(package, 6, script + REVEAL).splitlines()[-1])
+    assert told["missing"] == []
+    assert told["unexpected"] == []
+    assert told["response"].strip()
+    assert 0 < told["new_tokens"] <= 50
+
+
+@pytest.mark.slow
+def test_the_same_command_again_trains_nothing(package, pretrained):
+    again = run(package, *PRETRAIN.split())
+    assert "nothing to do" in again
+    assert re.search(r"loss: \d+\.\d{4}", again)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_verify_runs_the_check_and_says_what_it_saw(number, capsys):
+    main(["verify", str(number)])
+    printed = capsys.readouterr().out
+    assert printed.count("  ok: ") >= 3
+    assert printed.rstrip().endswith(f"milestone {number} is passed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [4, 5, 6])
+def test_verify_looks_at_the_runs_of_the_guide(number, package, tuned, monkeypatch, capsys):
+    monkeypatch.chdir(package)
+    main(["verify", str(number), "--save_dir", str(package)])
+    assert capsys.readouterr().out.rstrip().endswith(f"milestone {number} is passed")
+
+
+def test_verify_fails_when_a_run_is_not_what_it_should_be(tmp_path, capsys):
+    """A loss that rises is no pretraining."""
+    run_folder = tmp_path / "out_test"
+    run_folder.mkdir()
+    summary = {"stage": "pretrain", "steps": 2, "loss": 9.5}
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    lines = [json.dumps({"step": i + 1, "kind": "train", "loss": loss}) for i, loss in enumerate((8.76, 9.5))]
+    (run_folder / "metrics.jsonl").write_text("\n".join(lines))
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", "4", "--save_dir", str(tmp_path)])
+    assert ended.value.code == 1
+    assert "the loss falls" in capsys.readouterr().err
+
+
+def test_there_is_a_check_for_each_milestone_so_far():
+    assert sorted(MILESTONES) == [1, 2, 3, 4, 5, 6]
