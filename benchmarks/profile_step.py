@@ -64,7 +64,8 @@ def _ours(arguments: argparse.Namespace, data: Path) -> Callable[[], None]:
     from minigpt.dataset.shards import BatchIterator, PackedDataset
     from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
     from minigpt.trainer.engine import Engine, init_processes
-    from minigpt.trainer.loop import StageModule, language_model_loss, to_tensors
+    from minigpt.trainer.loop import to_tensors
+    from minigpt.trainer.stage import StageModule, language_model_loss
 
     processes = init_processes()
     module = StageModule(MiniGPT(MiniGPTConfig(**CONFIG_S)), language_model_loss)

@@ -123,7 +123,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Train for ever on one kind of batches; a line with the counter of useful tokens after every step."""
     from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
     from minigpt.trainer.engine import Engine, init_processes
-    from minigpt.trainer.loop import StageModule, language_model_loss, to_tensors
+    from minigpt.trainer.loop import to_tensors
+    from minigpt.trainer.stage import StageModule, language_model_loss
 
     processes = init_processes()
     torch.set_num_threads(arguments.threads)

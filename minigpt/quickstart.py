@@ -12,7 +12,9 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -208,13 +210,9 @@ def _ask_heldout(folder: Path, data: dict[str, Path]) -> tuple[dict[str, Any], l
         result: dict[str, Any] = {"n": len(task.records)}
         for stage in ("pretrain", "sft"):
             model, encoder = load_for_inference(folder / stage)
-            with progress_bar() as progress:
-                answers = ModelAnswers(
-                    model,
-                    encoder,
-                    progress=lambda done, n=name, s=stage, t=task: progress(f"{n} after {s}", done, len(t.records)),
-                )
-                outcome = task(answers)
+            with progress_bar() as report:
+                progress = partial(_report_done, report, f"{name} after {stage}", len(task.records))
+                outcome = task(ModelAnswers(model, encoder, progress=progress))
             result[f"after_{stage}"] = outcome.accuracy.value
             if stage == "sft":
                 result["interval"] = list(outcome.accuracy.interval())
@@ -230,6 +228,10 @@ def _ask_heldout(folder: Path, data: dict[str, Path]) -> tuple[dict[str, Any], l
         result["nearest_neighbour"] = nearest_neighbour_baseline(training, task.records).value
         results[name] = result
     return results, failures
+
+
+def _report_done(report: Callable[[str, int, int], None], job: str, total: int, done: int) -> None:
+    report(job, done, total)
 
 
 def _chat_samples(folder: Path, data: dict[str, Path]) -> list[dict[str, str]]:

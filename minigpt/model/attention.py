@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +160,8 @@ def _varlen(q_BHTD, k_BGSD, v_BGSD, pattern: AttentionPattern):
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest, causal = pattern.cu_seqlens, pattern.max_seqlen, (-1, 0)
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=causal, enable_gqa=k.shape[1] != H)
+        assert cu is not None
+        out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=causal, enable_gqa=k.shape[1] != H)
     else:
         out, _ = torch.ops.minigpt.document_attention(q, k, v, pattern.cu_seqlens)
     return out.view(B, T, H, D).transpose(1, 2)

@@ -54,10 +54,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = (((logits - log_z[:, None]).exp() - is_label.to(accumulate)) * w[:, None]).to(x.dtype)
                 if needs_x:
                     grad_x.append(grad_logits @ weight_VE)
-                if needs_weight:
+                if grad_weight is not None:
                     grad_weight += grad_logits.T @ x
         ctx.save_for_backward(
-            torch.cat(grad_x) if needs_x else None, grad_weight.to(weight_VE.dtype) if needs_weight else None
+            torch.cat(grad_x) if needs_x else None,
+            None if grad_weight is None else grad_weight.to(weight_VE.dtype),
         )
         return loss
 

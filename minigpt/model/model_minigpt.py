@@ -49,9 +49,9 @@ class MiniGPTConfig:
     hidden_size: int = 256
     num_hidden_layers: int = 4
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    intermediate_size: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # None is replaced below
+    intermediate_size: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
     max_position_embeddings: int = 2048
     rope_theta: float = 10_000.0
     rope_scaling: dict[str, Any] | None = None
@@ -169,7 +169,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(E, config.num_key_value_heads * D, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * D, E, bias=False)
         if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+            self.q_norm: nn.Module = RMSNorm(D, config.rms_norm_eps)
+            self.k_norm: nn.Module = RMSNorm(D, config.rms_norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
 

@@ -49,7 +49,7 @@ class MuonWithAdamW(torch.optim.AdamW):
                 group["shapes"] = [tuple(p.shape) for p in group["params"]]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         groups = self.param_groups
         for group in groups:
             if group.get(MUON):
@@ -80,6 +80,7 @@ class MuonWithAdamW(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(p)
             state["step"] = torch.zeros((), device=p.device)  # AdamW's `load_state_dict` wants one in every state
         state["step"] += 1
+        assert p.grad is not None
         gradient = p.grad.to(p.dtype)
         state["momentum"].mul_(self.momentum).add_(gradient)
         return gradient.add(state["momentum"], alpha=self.momentum)

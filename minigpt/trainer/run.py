@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,9 +21,7 @@ from minigpt.observe.metrics import RunLogger
 
 from .engine import Processes
 from .options import TrainOptions
-
-if TYPE_CHECKING:
-    from .loop import Stage
+from .stage import Stage
 
 SUMMARY = "summary.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "pyarrow")

@@ -8,7 +8,7 @@ import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,9 +18,7 @@ from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 
 from .engine import Processes
 from .options import PRESETS, TrainOptions
-
-if TYPE_CHECKING:
-    from .loop import Stage
+from .stage import Stage
 
 SHIPPED_TOKENIZER = Path(__file__).parents[1] / "model"
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.trainer.loop import Stage, language_model_loss, train
+from minigpt.trainer.loop import train
 from minigpt.trainer.options import TrainOptions
+from minigpt.trainer.stage import Stage, language_model_loss
 
 PRETRAIN = Stage(
     name="pretrain",

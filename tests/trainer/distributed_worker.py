@@ -1,9 +1,9 @@
 """Trains a small model on fixed rows for a few steps, under any launcher, and stores what there is to compare.
 
-    python distributed_worker.py OUT CASE …            with CASE = STAGE:DTYPE:MICRO_BATCH[:nan]
+    python distributed_worker.py OUT CASE …            with CASE = STAGE:DTYPE:MICRO_BATCH[:nan][:muon]
 
 Every case is trained from the same weights on the same rows; rank r of n takes the r-th slice of each global batch.
-OUT/CASE_rankR.pt holds the losses, gradient norms, first gradients, weights before and after.
+OUT/CASE_rankR.pt holds the losses, gradient norms, first gradients (of AdamW), weights before and after.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from minigpt.dataset.shards import BatchIterator, Row
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 from minigpt.trainer.engine import Engine, Processes, init_processes
-from minigpt.trainer.loop import StageModule, language_model_loss, to_tensors
+from minigpt.trainer.loop import to_tensors
+from minigpt.trainer.stage import StageModule, language_model_loss
 
 VOCABULARY, ROW_TOKENS, GLOBAL_BATCH, STEPS, NAN_STEP = 97, 24, 8, 4, 2
 BETA1 = 0.9
@@ -82,13 +83,16 @@ def windows(processes: Processes, micro_batch: int) -> list[list[dict[str, np.nd
     return [batches[i : i + n] for i in range(0, len(batches), n)]
 
 
-def run_case(processes: Processes, stage: int, dtype: str, micro_batch: int, with_nan: bool) -> dict[str, Any]:
+def run_case(
+    processes: Processes, stage: int, dtype: str, micro_batch: int, with_nan: bool, muon: bool
+) -> dict[str, Any]:
     """Train one case; see the module's docstring for what is returned."""
     engine = Engine(
         StageModule(make_model(), language_model_loss),
         processes,
         dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
         learning_rate=1e-2,
+        optimizer_name="muon" if muon else "adamw",
         betas=(BETA1, 0.95),
         weight_decay=0.0,
         grad_clip=0.0,
@@ -110,7 +114,7 @@ def run_case(processes: Processes, stage: int, dtype: str, micro_batch: int, wit
         result["norms"].append(step.grad_norm)
         result["applied"].append(step.applied)
         result["weights"].append(full_weights(engine))
-        if number == 0:
+        if number == 0 and not muon:
             result["gradients"] = first_gradients(engine)
     engine.close()
     return result
@@ -153,8 +157,8 @@ def main() -> None:
     torch.set_num_threads(1)
     processes = init_processes()
     for case in cases:
-        stage, dtype, micro_batch, *nan = case.split(":")
-        result = run_case(processes, int(stage), dtype, int(micro_batch), bool(nan))
+        stage, dtype, micro_batch, *more = case.split(":")
+        result = run_case(processes, int(stage), dtype, int(micro_batch), "nan" in more, "muon" in more)
         torch.save(result, out / f"{case.replace(':', '_')}_rank{processes.rank}.pt")
 
 
