@@ -24,7 +24,9 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 FP32 = [f"{stage}:fp32:{micro}" for stage in range(4) for micro in (1, 4)]
 BF16 = [f"{stage}:bf16:{micro}" for stage in (1, 2, 3) for micro in (2,)]
 WITH_NAN = ["0:fp32:4:nan", "1:bf16:4:nan", "2:bf16:4:nan", "3:bf16:4:nan"]
-CASES = [*FP32, *BF16, *WITH_NAN]
+MUON = ["0:fp32:2:muon", "1:fp32:2:muon", "2:fp32:4:muon"]
+MUON_WITH_NAN = ["0:fp32:4:nan:muon", "1:bf16:4:nan:muon", "2:bf16:4:nan:muon"]
+CASES = [*FP32, *BF16, *WITH_NAN, *MUON, *MUON_WITH_NAN]
 
 Results = dict[tuple[str, int], list[dict[str, Any]]]
 
@@ -105,6 +107,18 @@ def test_float32_losses_do_not_depend_on_stage_world_size_or_micro_batch(results
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", MUON)
+def test_muon_takes_the_same_steps_however_its_matrices_are_cut(results, case, world_size):
+    """At stages 1 and 2 a rank holds a slice of all matrices laid end to end; two matrices here lie across the cut or
+    beside it. Stage 0 with one process cuts nothing."""
+    found, uncut = results[case, world_size][0], results[MUON[0], 1][0]
+    np.testing.assert_allclose(found["losses"], uncut["losses"], rtol=2e-5)
+    np.testing.assert_allclose(found["norms"], uncut["norms"], rtol=2e-4)
+    for name, weight in uncut["weights"][-1].items():
+        assert (found["weights"][-1][name] - weight).abs().median() < 1e-6, name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", BF16)
 def test_bf16_stages_follow_the_float32_run(results, case, world_size):
     float32 = np.array(results["1:fp32:4", 1][0]["losses"])
@@ -129,7 +143,7 @@ def test_both_ranks_hold_the_same_weights_after_every_step(results, case):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", WITH_NAN)
+@pytest.mark.parametrize("case", [*WITH_NAN, *MUON_WITH_NAN])
 def test_an_infinite_loss_on_one_rank_makes_all_ranks_skip_the_step_and_go_on(results, case, world_size):
     for rank in results[case, world_size]:
         assert rank["applied"] == [step != NAN_STEP for step in range(STEPS)]

@@ -1,0 +1,173 @@
+"""The engine in one process: parameter groups, masters, clipping, Muon's update, skipped steps, evaluation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+from minigpt.trainer.engine import Engine, init_processes, parameter_groups
+from minigpt.trainer.muon import orthogonalise
+from minigpt.trainer.stage import StageModule, language_model_loss
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+OPTIMIZERS = [*((stage, "adamw") for stage in range(4)), *((stage, "muon") for stage in range(3))]
+V = 97
+
+
+def small_model(**shape) -> MiniGPT:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return MiniGPT(MiniGPTConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, **heads, **shape))
+
+
+def batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, V, (2, 17), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:].contiguous(), "weights": torch.ones(2, 16)}
+
+
+@pytest.fixture
+def engine():
+    """Makes engines and frees them."""
+    made = []
+
+    def make(stage: int, dtype=torch.float32, **options) -> Engine:
+        options = {"learning_rate": 1e-2, "weight_decay": 0.0, "grad_clip": 0.0, **options}
+        module = StageModule(small_model(), language_model_loss)
+        made.append(Engine(module, init_processes(), dtype=dtype, config=CONFIGS / f"zero{stage}.json", **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def one_step(engine: Engine, seed: int = 0, rate: float = 1e-2, spoil: float = 1.0):
+    """A step over one batch; `spoil` multiplies the weight of one label."""
+    tensors = batch(seed)
+    tensors["weights"][0, 0] *= spoil
+    loss = engine.forward_backward(tensors, 1 / 32)
+    return loss.item() / 32, engine.step(rate)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shape", [{}, {"qk_norm": False, "attention_bias": True}], ids=["qwen3", "qwen2"])
+def test_every_parameter_is_in_one_group_and_only_hidden_matrices_decay(tied, shape):
+    model = small_model(tie_word_embeddings=tied, **shape)
+    decaying, other = parameter_groups(model, 0.1)
+    counts = [sum(p.numel() for p in group["params"]) for group in (decaying, other)]
+    assert sum(counts) == model.num_parameters() == sum(p.numel() for p in model.parameters())
+    assert len({id(p) for group in (decaying, other) for p in group["params"]}) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in decaying["params"]} == {
+        name for name in names.values() if name.endswith("proj.weight")
+    }
+    assert (decaying["weight_decay"], other["weight_decay"]) == (0.1, 0.0)
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = small_model()
+    model.model.layers[0].requires_grad_(False)
+    chosen = sum(p.numel() for group in parameter_groups(model, 0.1) for p in group["params"])
+    assert chosen == model.num_parameters() - sum(p.numel() for p in model.model.layers[0].parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_masters_keep_the_float32_weights_that_they_were_given(stage, dtype, engine):
+    masters = engine(stage, dtype).master_weights()
+    for name, parameter in small_model().named_parameters():
+        assert torch.equal(masters[f"model.{name}"], parameter.detach()), name
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), OPTIMIZERS)
+def test_the_reported_norm_is_that_of_the_whole_gradient_before_clipping(stage, optimizer, engine):
+    model = small_model()
+    (model(**batch()).loss_sum / 32).backward()
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()])).item()
+    for clip in (0.0, 1e-3):
+        _, result = one_step(engine(stage, optimizer_name=optimizer, grad_clip=clip))
+        assert result.applied
+        assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), OPTIMIZERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38], ids=str)
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_ones_go_on(bad, stage, optimizer, engine):
+    """As if the bad batch had never been: optimizer state included. 1e38 is finite; its sum is not."""
+    spoilt, clean = (engine(stage, optimizer_name=optimizer) for _ in range(2))
+    for one in (spoilt, clean):
+        assert one_step(one, seed=1)[1].applied
+    tensors = batch(2)
+    tensors["weights"][:] = bad if bad == 1e38 else 1.0
+    tensors["weights"][0, 0] = bad
+    spoilt.forward_backward(batch(3), 1 / 32)
+    spoilt.forward_backward(tensors, 1 / 32)
+    assert not spoilt.step(1e-2).applied
+    for one in (spoilt, clean):
+        assert one_step(one, seed=4)[1].applied
+    found, expected = spoilt.master_weights(), clean.master_weights()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_orthogonalised_matrices_have_singular_values_near_1_and_keep_their_directions():
+    torch.manual_seed(0)
+    for shape in ((32, 32), (32, 96), (96, 32), (1, 8)):
+        matrix = torch.randn(1, *shape)
+        found = orthogonalise(matrix, torch.float32)[0]
+        u, _, v = torch.linalg.svd(matrix[0], full_matrices=False)
+        values = torch.linalg.svdvals(found)
+        assert values.min() > 0.5
+        assert values.max() < 1.3
+        inner = torch.diagonal(u.T @ found @ v.T)  # of each singular pair with itself: its new singular value
+        assert torch.allclose(inner.sort().values, values.sort().values, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_muon_moves_matrices_orthogonally_and_the_rest_as_adamw(stage, engine):
+    """The first update of a matrix is U V^T of its gradient, at AdamW's usual size; of a vector, AdamW's sign step."""
+    model = small_model()
+    (model(**batch()).loss_sum / 32).backward()
+    gradients = {f"model.{name}": p.grad for name, p in model.named_parameters()}
+    ours = engine(stage, optimizer_name="muon")
+    before = ours.master_weights()
+    one_step(ours, rate=1e-2)
+    after = ours.master_weights()
+    for name, gradient in gradients.items():
+        update = (before[name] - after[name]) / 1e-2
+        if name.endswith("proj.weight"):
+            u, _, v = torch.linalg.svd(gradient, full_matrices=False)
+            size = 0.2 * max(gradient.shape) ** 0.5
+            values = torch.linalg.svdvals(update / size)
+            assert values.max() < 1.3
+            assert (update / size * (u @ v)).sum() / len(values) > 0.6
+            assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3)
+        else:
+            large = gradient.abs() > 1e-5
+            assert torch.allclose(update[large], gradient[large].sign(), atol=1e-2), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_evaluation_gives_the_loss_and_leaves_no_trace(stage, engine):
+    ours, undisturbed = engine(stage), engine(stage)
+    loss = ours.evaluate(batch()).item()
+    assert loss == pytest.approx(small_model()(**batch()).loss_sum.item(), rel=1e-6)
+    ours.forward_backward(batch(1), 1 / 64)
+    ours.evaluate(batch())  # in the middle of a window
+    ours.forward_backward(batch(2), 1 / 64)
+    ours.step(1e-2)
+    for seed in (1, 2):
+        undisturbed.forward_backward(batch(seed), 1 / 64)
+    undisturbed.step(1e-2)
+    found, expected = ours.master_weights(), undisturbed.master_weights()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_alone_no_port_is_left_behind_for_programs_that_are_started_from_here(monkeypatch):
+    import os
+
+    for name in ("MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    found = init_processes()
+    assert (found.rank, found.world_size) == (0, 1)
+    assert "MASTER_PORT" not in os.environ
