@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shutil
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def compile_wanted(options: TrainOptions, device: torch.device, run_flops: float
     """Whether to compile: as asked for, else where the tools are installed and the run is long enough to gain by it."""
     if options.compile is not None:
         return options.compile
-    installed = device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()  # what torch.compile builds includes it
+    installed = device.type == "cuda" or (headers and shutil.which(os.environ.get("CXX", "g++")) is not None)
     return installed and run_flops >= _WORTH_COMPILING[device.type]
 
 
@@ -85,8 +87,7 @@ def prepare_data(stage: Stage, options: TrainOptions, processes: Processes) -> S
 
     Errors: UserError when the data is missing, unfinished, damaged, or packed for another stage.
     """
-    if options.init is not None:
-        model_folder(options.init)  # a wrong path should not wait for the packing to be found out
+    _check_paths(stage, options)
     folder = _packed_folder(options)
     if folder is None:
         folder = Path(options.save_dir) / "data"
@@ -104,6 +105,16 @@ def prepare_data(stage: Stage, options: TrainOptions, processes: Processes) -> S
         raise UserError(f"{folder} holds no training rows; pack it again with more data")
     has_valid = bool(train.manifest["splits"].get("valid", {}).get("shards"))
     return Source(train, PackedDataset(folder, "valid") if has_valid else None)
+
+
+def _check_paths(stage: Stage, options: TrainOptions) -> None:
+    """Find out now what would otherwise be found out after the data is packed."""
+    if options.deepspeed is not None and not options.deepspeed.exists():
+        raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; the shipped ones are in ds_configs/")
+    if options.init is None and not stage.from_scratch and newest_pretrain_run(Path(options.save_dir)) is None:
+        raise UserError(_no_weights(stage, options))
+    if options.init is not None:
+        model_folder(options.init)
 
 
 def _packed_folder(options: TrainOptions) -> Path | None:
@@ -156,14 +167,18 @@ def prepare_model(stage: Stage, options: TrainOptions, source: Source) -> tuple[
     if init is None and not stage.from_scratch:
         init = newest_pretrain_run(Path(options.save_dir))
         if init is None:
-            raise UserError(
-                f"{stage.name} starts from trained weights and there is no finished pretrain run beside "
-                f"{options.save_dir}: give one with --init RUN (first `minigpt train pretrain --save_dir RUN`)"
-            )
+            raise UserError(_no_weights(stage, options))
         print(f"no --init: starting from the newest pretrain run, {init}", flush=True)
     if init is not None:
         return _load_init(init, source.train), f"from {init}"
     return MiniGPT(new_model_config(options, source.train)), "random weights"
+
+
+def _no_weights(stage: Stage, options: TrainOptions) -> str:
+    return (
+        f"{stage.name} starts from trained weights and there is no finished pretrain run beside {options.save_dir}: "
+        "give one with --init RUN (first `minigpt train pretrain --save_dir RUN`)"
+    )
 
 
 def newest_pretrain_run(save_dir: Path) -> Path | None:
