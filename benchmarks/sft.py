@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from common import CONFIG_S, Contender, interleave, output_arguments, packed, pa
 from common import ratios as ratios_of
 
 from minigpt.dataset.shards import GlobalOrder, PackedDataset, Row, collate
+
+if TYPE_CHECKING:
+    from minigpt.trainer.engine import Engine
 
 PACKED, PADDED, BUCKETED = "packed", "padded", "bucketed"
 KINDS = (PACKED, PADDED, BUCKETED)
@@ -38,7 +42,6 @@ TITLES = {
 }
 POSITIONS_PER_STEP = 4096  # of the packed rows
 BUCKET_ROWS = 16  # conversations of a bucketed micro-batch
-BUCKET_MULTIPLE = 32  # its width is rounded up to a multiple of this, so that few shapes are compiled
 POOL_STEPS = 16  # bucketing sorts the conversations of this many steps
 
 Window = list[dict[str, np.ndarray]]
@@ -56,7 +59,6 @@ def main() -> None:
         else:
             data = packed_microworld(folder, "sft", arguments.seq_len, "tiny" if arguments.smoke else "small")
         contenders = [_contender(arguments, kind, data, folder) for kind in KINDS]
-        # a bucketed run meets a second width within a few steps, then one graph for all widths is compiled
         rates = interleave(contenders, rounds=arguments.rounds, steps=arguments.steps, warmup_steps=arguments.warmup)
         statistics = describe(PackedDataset(data, "train"))
     result = {
@@ -75,7 +77,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each contender in a round")
-    parser.add_argument("--warmup", type=int, default=POOL_STEPS, help="optimizer steps before the first round")
+    parser.add_argument("--warmup", type=int, default=3, help="optimizer steps before the first round")
+    parser.add_argument(
+        "--bucket_multiple",
+        type=int,
+        default=64,
+        help="widths of bucketed micro-batches are rounded up to multiples of this; each is a graph to compile",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     output_arguments(parser)
@@ -93,6 +101,7 @@ def _contender(arguments: argparse.Namespace, kind: str, data: Path, folder: Pat
     command = [
         *(sys.executable, str(Path(__file__).resolve()), "--task", kind, "--data", str(data)),
         *("--progress", str(progress), "--threads", str(arguments.threads)),
+        *("--bucket_multiple", str(arguments.bucket_multiple)),
         "--compile" if arguments.compile else "--no-compile",
         *(["--smoke"] if arguments.smoke else []),
     ]
@@ -134,9 +143,11 @@ def run(arguments: argparse.Namespace) -> None:
     config = MiniGPTConfig(**{**shape, "max_position_embeddings": max(2048, data.seq_len)})
     module = StageModule(MiniGPT(config), language_model_loss)
     engine = Engine(module, processes, dtype=torch.bfloat16, learning_rate=1e-3, compile=arguments.compile)
+    if arguments.compile:
+        compile_widths(engine, data.seq_len, arguments.task, arguments.bucket_multiple)
     useful = 0
     with open(arguments.progress, "a", encoding="utf-8") as progress:
-        for number, window in enumerate(windows(data, arguments.task), start=1):
+        for number, window in enumerate(windows(data, arguments.task, arguments.bucket_multiple), start=1):
             weight = sum(float(batch["weights"].sum()) for batch in window)
             for batch in window:
                 engine.forward_backward(to_tensors(batch, processes.device), 1.0 / weight)
@@ -146,9 +157,29 @@ def run(arguments: argparse.Namespace) -> None:
             progress.flush()
 
 
-def windows(data: PackedDataset, kind: str) -> Iterator[Window]:
+def compile_widths(engine: Engine, seq_len: int, kind: str, multiple: int) -> None:
+    """Compile a graph of fixed shape for every width there will be, by a step on nothing but padding each.
+
+    One graph for all widths would be slower, and takes minutes to compile.
+    """
+    from minigpt.trainer.loop import to_tensors
+
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 1 + seq_len // multiple
+    widths = range(multiple, _round_up(seq_len, multiple) + 1, multiple) if kind == BUCKETED else [seq_len]
+    for width in widths:
+        padding = collate([], pad_to=width, n_rows=BUCKET_ROWS if kind == BUCKETED else _rows_per_step(seq_len))
+        engine.forward_backward(to_tensors(padding, engine.device), 1.0)
+        engine.step(0.0)
+
+
+def _rows_per_step(seq_len: int) -> int:
+    return max(1, POSITIONS_PER_STEP // seq_len)
+
+
+def windows(data: PackedDataset, kind: str, bucket_multiple: int = 64) -> Iterator[Window]:
     """The micro-batches of one optimizer step after the other, without end, for one kind of batches."""
-    rows_per_step = max(1, POSITIONS_PER_STEP // data.seq_len)
+    rows_per_step = _rows_per_step(data.seq_len)
     if kind == PACKED:
         order = GlobalOrder(len(data))
         for start in itertools.count(0, rows_per_step):
@@ -164,10 +195,12 @@ def windows(data: PackedDataset, kind: str) -> Iterator[Window]:
     rng = np.random.default_rng(0)
     for start in itertools.count(0, POOL_STEPS * per_step):
         pool = [single[order.index(start + i)] for i in range(POOL_STEPS * per_step)]
-        yield from bucketed_windows(pool, per_step, rng)
+        yield from bucketed_windows(pool, per_step, rng, bucket_multiple)
 
 
-def bucketed_windows(pool: Sequence[Row], per_step: int, rng: np.random.Generator) -> Iterator[Window]:
+def bucketed_windows(
+    pool: Sequence[Row], per_step: int, rng: np.random.Generator, multiple: int = 64
+) -> Iterator[Window]:
     """Sort a pool by length, cut it into micro-batches, shuffle those, and deal them out to steps."""
     ordered = sorted(pool, key=lambda row: len(row.input_ids))
     batches = [ordered[i : i + BUCKET_ROWS] for i in range(0, len(ordered), BUCKET_ROWS)]
@@ -175,13 +208,13 @@ def bucketed_windows(pool: Sequence[Row], per_step: int, rng: np.random.Generato
     batches_per_step = max(1, per_step // BUCKET_ROWS)
     for i in range(0, len(shuffled), batches_per_step):
         yield [
-            collate(batch, pad_to=_round_up(max(len(row.input_ids) for row in batch)), n_rows=BUCKET_ROWS)
+            collate(batch, pad_to=_round_up(max(len(row.input_ids) for row in batch), multiple), n_rows=BUCKET_ROWS)
             for batch in shuffled[i : i + batches_per_step]
         ]
 
 
-def _round_up(length: int) -> int:
-    return -(-length // BUCKET_MULTIPLE) * BUCKET_MULTIPLE
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def conversations(data: PackedDataset) -> list[Row]:
