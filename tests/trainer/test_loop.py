@@ -12,7 +12,7 @@ from small_run import SMALL, assert_same_weights, metrics, weights
 
 from minigpt.dataset.shards import GlobalOrder, PackedDataset, collate
 from minigpt.errors import UserError
-from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+from minigpt.model.model_minigpt import FeedForward, MiniGPT, MiniGPTConfig
 from minigpt.trainer.engine import Processes
 from minigpt.trainer.loop import micro_batch_size, total_steps
 from minigpt.trainer.options import TrainOptions
@@ -132,10 +132,20 @@ def test_validation_is_the_plain_mean_over_the_held_out_labels(conversations, pa
     assert found["valid_bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_run(packed, tmp_path, train):
-    for name in ("plain", "checkpointed"):
-        options = ("--gradient_checkpointing",) if name == "checkpointed" else ()
-        train("pretrain", "--data", packed, "--save_dir", tmp_path / name, "--max_steps", 3, *options)
+def test_gradient_checkpointing_runs_blocks_again_and_gives_the_same_run(packed, tmp_path, train):
+    passes = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: passes.append(1) if isinstance(module, FeedForward) else None
+    )
+    try:
+        counts = []
+        for name, options in (("plain", ()), ("checkpointed", ("--gradient_checkpointing",))):
+            passes.clear()
+            train("pretrain", "--data", packed, "--save_dir", tmp_path / name, "--max_steps", 3, *options)
+            counts.append(len(passes))
+    finally:
+        hook.remove()
+    assert counts[1] - counts[0] == 3 * 2, "steps times layers"
     assert_same_weights(tmp_path / "checkpointed", tmp_path / "plain")
 
 
