@@ -203,10 +203,11 @@ def test_pack_verify_train_generate_and_export_by_the_names_that_scripts_rely_on
         ("data", "verify", packed),
         ("train", "pretrain", "--data", packed, "--save_dir", out, "--max_steps", 2, *small,
          "--intermediate_size", 64, "--compile", "false", "--dtype", "fp32", "--threads", 1),
-        ("generate", out, "--prompt", "the cat", "--max_new_tokens", 4, "--temperature", 0),
+        ("generate", out, "--prompt", "the cat", "--max_new_tokens", 4, "--temperature", 0, "--chat", "off"),
         ("export", out, "--format", "hf", "--output", model),
         ("import", model, "--output", tmp_path / "imported"),
-        ("generate", tmp_path / "imported", "--prompt", "the cat", "--max_new_tokens", 4, "--temperature", 0),
+        ("generate", tmp_path / "imported", "--prompt", "the cat", "--max_new_tokens", 4, "--temperature", 0,
+         "--chat", "off"),
     ]  # fmt: skip
     outputs = []
     for step in steps:

@@ -4,7 +4,6 @@ import os
 import pty
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -28,11 +27,18 @@ class Person:
     """Somebody at a terminal: types, reads the screen, presses keys."""
 
     def __init__(self, arguments: list[str]) -> None:
-        pid, self.screen_fd = pty.fork()
-        if pid == 0:  # the child: its terminal is the pty, so Ctrl-C arrives as it does in real life
-            os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
-            os.execv(arguments[0], arguments)
-        self.pid, self.screen = pid, ""
+        self.screen_fd, terminal = pty.openpty()
+        # A session of its own whose terminal is the pty: Ctrl-C arrives as it does in real life. Not by pty.fork():
+        # Python code between fork and exec may wait forever for a lock that a thread of the tests' process held.
+        self.program = subprocess.Popen(
+            ["setsid", "--ctty", *arguments],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"},
+        )
+        os.close(terminal)
+        self.screen = ""
 
     def type(self, text: str) -> None:
         os.write(self.screen_fd, text.encode())
@@ -50,15 +56,12 @@ class Person:
         """Waits for the end of the program, returns its exit status."""
         while self._read():
             pass
-        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        self.pid = 0
-        return status
+        return self.program.wait(PATIENCE)
 
     def send_away(self) -> None:
         """Ends the program if it still runs, so that a failed test leaves nothing behind."""
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        self.program.kill()
+        self.program.wait(PATIENCE)
         os.close(self.screen_fd)
 
     def _read(self) -> bool:
