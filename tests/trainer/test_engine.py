@@ -31,9 +31,9 @@ def engine():
     """Makes engines and frees them."""
     made = []
 
-    def make(stage: int, dtype=torch.float32, **options) -> Engine:
+    def make(stage: int, dtype=torch.float32, loss=language_model_loss, **options) -> Engine:
         options = {"learning_rate": 1e-2, "weight_decay": 0.0, "grad_clip": 0.0, **options}
-        module = StageModule(small_model(), language_model_loss)
+        module = StageModule(small_model(), loss)
         made.append(Engine(module, init_processes(), dtype=dtype, config=CONFIGS / f"zero{stage}.json", **options))
         return made[-1]
 
@@ -108,6 +108,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_ones_go_on(bad, 
         assert one_step(one, seed=4)[1].applied
     found, expected = spoilt.master_weights(), clean.master_weights()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_infinite_loss_with_finite_gradients_is_not_applied(stage, engine):
+    ours = engine(stage, loss=lambda model, **tensors: language_model_loss(model, **tensors) + float("inf"))
+    _, result = one_step(ours)
+    assert not result.applied
+    found = ours.master_weights()
+    assert all(torch.equal(found[f"model.{name}"], p.detach()) for name, p in small_model().named_parameters())
 
 
 def test_orthogonalised_matrices_have_singular_values_near_1_and_keep_their_directions():
