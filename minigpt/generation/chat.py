@@ -46,6 +46,8 @@ def chat(options: ChatOptions) -> None:
 
     model, encoder = load_for_inference(options.run, options.device, options.dtype)
     sampling = replace(sampling, stop_token_ids=stop_token_ids(model))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
     terminal = Terminal(sys.stdin, sys.stdout)
     terminal.note(f"{options.run}: {model.num_parameters() / 1e6:.1f} M parameters. /help lists the commands.")
     if stage_of(options.run) == "pretrain":

@@ -470,7 +470,7 @@ def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path):
 
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(corpus, packed, tmp_path):
     program = """
-import re, sys
+import resource, sys
 from pathlib import Path
 from data_prep.pack import PackOptions, pack
 from minigpt.errors import UserError
