@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+from minigpt.trainer import checkpoint
 from minigpt.trainer.engine import Engine, init_processes, parameter_groups
 from minigpt.trainer.muon import orthogonalise
 from minigpt.trainer.stage import StageModule, language_model_loss
@@ -156,6 +157,27 @@ def test_muon_moves_matrices_orthogonally_and_the_rest_as_adamw(stage, engine):
             assert torch.allclose(update[large], gradient[large].sign(), atol=1e-2), name
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_muon_orthogonalises_the_gradient_with_nesterov_momentum(stage, engine):
+    """Two steps, the first with rate 0: the second goes along g2 + 0.95 · (g2 + 0.95 · g1)."""
+    gradients = []
+    for seed in (1, 2):
+        model = small_model()
+        (model(**batch(seed)).loss_sum / 32).backward()
+        gradients.append({f"model.{name}": p.grad for name, p in model.named_parameters()})
+    ours = engine(stage, optimizer_name="muon")
+    one_step(ours, seed=1, rate=0.0)
+    before = ours.master_weights()
+    one_step(ours, seed=2, rate=1e-2)
+    after = ours.master_weights()
+    for name, second in gradients[1].items():
+        if name.endswith("proj.weight"):
+            direction = second + 0.95 * (second + 0.95 * gradients[0][name])
+            expected = 0.2 * max(second.shape) ** 0.5 * orthogonalise(direction[None], torch.float32)[0]
+            update = (before[name] - after[name]) / 1e-2
+            assert (update - expected).norm() < 1e-3 * expected.norm(), name
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_evaluation_gives_the_loss_and_leaves_no_trace(stage, engine):
     ours, undisturbed = engine(stage), engine(stage)
@@ -170,6 +192,17 @@ def test_evaluation_gives_the_loss_and_leaves_no_trace(stage, engine):
     undisturbed.step(1e-2)
     found, expected = ours.master_weights(), undisturbed.master_weights()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_random_numbers_go_on_behind_a_checkpoint_as_they_did(engine, tmp_path):
+    ours = engine(1)
+    one_step(ours)
+    torch.manual_seed(7)
+    folder = checkpoint.save(ours, tmp_path, {"step": 1}, keep=1)
+    expected = torch.rand(3)
+    torch.manual_seed(8)
+    checkpoint.load(ours, folder)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_alone_no_port_is_left_behind_for_programs_that_are_started_from_here(monkeypatch):
