@@ -90,7 +90,8 @@ class Engine:
     """A module that computes a loss, its optimizer state, and how both are spread over the processes.
 
     Args:
-        module: Called with a batch (keyword arguments), returns the *summed* loss as a scalar.
+        module: Called with a batch (keyword arguments), returns the *summed* loss: a scalar, or the first entry of a
+            vector whose other entries are sums of something else that is to be known.
         processes: From `init_processes`.
         dtype: torch.bfloat16 (with float32 masters and accumulation) or torch.float32.
         learning_rate: First learning rate; `step` sets it anew each time.
@@ -170,16 +171,17 @@ class Engine:
             scale: 1 / (weight of the global batch). The mean over ranks that ZeRO takes is undone here.
 
         Returns:
-            The unscaled summed loss of this micro-batch, a detached scalar.
+            What the module returned for this micro-batch, detached and unscaled.
         """
-        loss_sum = self._engine(**batch)
+        output = self._engine(**batch)
+        loss_sum = output if output.dim() == 0 else output[0]
         # An infinite loss can have finite gradients. Times NaN it cannot, and then every rank skips the step.
         poison = torch.where(torch.isfinite(loss_sum.detach()), 1.0, float("nan"))
         self._engine.backward(loss_sum * poison * (scale * self.world_size), scale_wrt_gas=False)
-        return loss_sum.detach()
+        return output.detach()
 
     def evaluate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The summed loss without gradients. Not compiled: a second graph costs more than it saves here."""
+        """What the module returns, without gradients. Not compiled: a second graph costs more than it saves here."""
         with torch.no_grad(), torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
             return self._engine(**batch)
 

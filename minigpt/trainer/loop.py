@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from minigpt.dataset.shards import BatchIterator, PackedDataset, sequential_batches, token_statistics
+from minigpt.dataset.shards import PackedDataset, TokenStatistics
 from minigpt.errors import UserError
 from minigpt.model.attention import choose_backend
-from minigpt.model.model_minigpt import MiniGPT
 
 from . import checkpoint
 from .engine import Engine, Processes, init_processes
@@ -33,9 +32,7 @@ from .options import TrainOptions
 from .run import Run
 from .schedule import learning_rate
 from .setup import compile_wanted, compute_dtype, configure_torch, prepare_data, prepare_model
-from .stage import Stage, StageModule
-
-Batch = dict[str, np.ndarray]
+from .stage import Batch, Stage, StageModule
 
 
 def train(stage: Stage, options: TrainOptions) -> dict[str, Any]:
@@ -48,7 +45,8 @@ def train(stage: Stage, options: TrainOptions) -> dict[str, Any]:
     run.open()
     source = prepare_data(stage, options, processes)
     model, init_weights_from = prepare_model(stage, options, source)
-    return _Trainer(stage, options, processes, run, source.train, source.valid, model, init_weights_from).run()
+    network = stage.network(model, options)
+    return Trainer(stage, options, processes, run, source.train, source.valid, network, init_weights_from).run()
 
 
 @dataclass
@@ -87,14 +85,29 @@ class _Speed:
 
 
 @dataclass
-class _Trainer:
+class Trainer:
+    """One run of a stage.
+
+    Attributes:
+        stage: What is special about it.
+        options: What the user chose.
+        processes: This process among its fellows.
+        run_folder: Where everything is written.
+        data: What is trained on.
+        valid: What is held out, if anything is.
+        network: What is trained: the model, with adapters in it or another head on it (see `Stage.network`).
+        origin: In words, where its weights are from.
+        engine: Holds the network, its optimizer and their state.
+        micro_batch: Samples in one forward pass.
+    """
+
     stage: Stage
     options: TrainOptions
     processes: Processes
     run_folder: Run
     data: PackedDataset
     valid: PackedDataset | None
-    model: MiniGPT
+    network: Any
     origin: str
     progress: _Progress = field(default_factory=_Progress)
     speed: _Speed = field(default_factory=_Speed)
@@ -105,9 +118,9 @@ class _Trainer:
         self.total_steps = total_steps(options, len(self.data))
         dtype = compute_dtype(options, self.processes.device)
         tokens = self.total_steps * options.global_batch_size * self.data.seq_len / self.processes.world_size
-        run_flops = training_flops(self.model.config, tokens=tokens, labels=tokens, attention_pairs=0)
+        run_flops = training_flops(self.network.config, tokens=tokens, labels=tokens, attention_pairs=0)
         self.engine = Engine(
-            StageModule(self.model, self.stage.loss),
+            StageModule(self.network, self.stage.loss),
             self.processes,
             dtype=dtype,
             learning_rate=options.learning_rate,
@@ -118,10 +131,11 @@ class _Trainer:
             config=options.deepspeed,
             compile=compile_wanted(options, self.processes.device, run_flops),
         )
-        self.model.attention_backend = options.attention_backend or choose_backend(
+        self.network.attention_backend = options.attention_backend or choose_backend(
             self.processes.device, self.data.seq_len, dtype, self.engine.compiled
         )
-        self.model.model.gradient_checkpointing = options.gradient_checkpointing
+        self.network.model.gradient_checkpointing = options.gradient_checkpointing
+        self.stage.before_training(self)
         self._resume()
         run.start(self._description(dtype), self.total_steps, self.progress.step, self.processes.device, dtype)
         try:
@@ -143,7 +157,7 @@ class _Trainer:
         if found is None:
             return
         folder, state = found
-        self.run_folder.check_resumable(state, self.data, self.model, self._engine_identity())
+        self.run_folder.check_resumable(state, self.data, self.network, self._engine_identity())
         checkpoint.load(self.engine, folder)
         self.progress = _Progress(**state["progress"])
         self.run_folder.say(f"resuming from {folder} at step {self.progress.step} of {self.total_steps}")
@@ -158,16 +172,16 @@ class _Trainer:
 
     def _steps(self, stop: _GracefulStop) -> None:
         options, progress = self.options, self.progress
-        batches = _prefetch(self._step_batches(), self._tensors)
+        batches = _prefetch(self._step_batches(), self.tensors, self.stage.statistics)
         nan_steps = 0
         started = time.monotonic()
         while progress.step < self.total_steps:
             micro_batches, local = next(batches)
             stop_asked, weight, tokens, labels, pairs = self.engine.sum_over_ranks([float(stop.asked), *local])
             scale = 1.0 / weight if weight else 0.0
-            loss_sum = torch.zeros((), device=self.processes.device)
+            sums = torch.zeros(1 + len(self.stage.metrics), device=self.processes.device)
             for batch in micro_batches:
-                loss_sum += self.engine.forward_backward(batch, scale)
+                sums += self.engine.forward_backward(batch, scale)
             rate = self._learning_rate(progress.step)
             result = self.engine.step(rate)
             progress.step += 1
@@ -176,14 +190,15 @@ class _Trainer:
             nan_steps = 0 if result.applied else nan_steps + 1
             progress.skipped_steps += not result.applied
             if progress.step % options.log_interval == 0 or progress.step in (1, self.total_steps):
-                progress.last_loss = self.engine.sum_over_ranks([loss_sum.item()])[0] * scale
+                progress.last_loss, *metrics = (x * scale for x in self.engine.sum_over_ranks(sums.tolist()))
             seconds = time.monotonic() - started
             started += seconds
             progress.seconds += seconds
-            flops = training_flops(self.model.config, tokens=tokens, labels=labels, attention_pairs=pairs)
+            flops = training_flops(self.network.config, tokens=tokens, labels=labels, attention_pairs=pairs)
             self.speed.add(tokens, flops, seconds)
             if progress.step % options.log_interval == 0 or progress.step in (1, self.total_steps):
-                self._log(rate, result.grad_norm, tokens / seconds, flops / seconds)
+                named = dict(zip(self.stage.metrics, metrics, strict=True))
+                self._log(rate, result.grad_norm, tokens / seconds, flops / seconds, named)
             if nan_steps >= options.max_nan_steps:
                 self._abort_on_nan(nan_steps)
             if options.eval_interval and progress.step % options.eval_interval == 0 < self.total_steps - progress.step:
@@ -208,31 +223,32 @@ class _Trainer:
         )
 
     def _step_batches(self) -> Iterator[list[Batch]]:
-        """All micro-batches of this rank for one step at a time."""
-        source = BatchIterator(
+        return self.stage.step_batches(
             self.data,
+            self.options,
             micro_batch_size=self.micro_batch,
-            global_batch_size=self.options.global_batch_size,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
-            seed=self.options.seed,
             start_sample=self.progress.samples,
         )
-        window: list[Batch] = []
-        for batch in source:
-            window.append(batch)
-            if len(window) == source.micro_batches_per_step:
-                yield window
-                window = []
 
-    def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return to_tensors(batch, self.processes.device, self.model.attention_backend)
+    def tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """A batch on the device, with what the attention backend needs."""
+        return to_tensors(batch, self.processes.device, self.network.attention_backend)
 
-    def _log(self, rate: float, grad_norm: float, tokens_per_second: float, flops_per_second: float) -> None:
+    def _log(
+        self,
+        rate: float,
+        grad_norm: float,
+        tokens_per_second: float,
+        flops_per_second: float,
+        metrics: dict[str, float],
+    ) -> None:
         peak = self.run_folder.peak.flops * self.processes.world_size
         record = {
             "kind": "train",
             "loss": self.progress.last_loss,
+            **metrics,
             "lr": rate,
             "grad_norm": grad_norm,
             "tokens_per_second": tokens_per_second,
@@ -252,40 +268,21 @@ class _Trainer:
         )
 
     def validate(self) -> None:
-        """Loss (mean over labelled tokens, nats) and bits per byte on the validation split."""
+        """The stage's judgement on the validation split."""
         self.progress.validated_step, self.progress.validation = self.progress.step, {}
         if self.valid is None:
             return
-        byte_lengths = self.valid.token_byte_lengths
-        loss, labels, byte_count = 0.0, 0.0, 0.0
-        batches = sequential_batches(
-            self.valid,
-            self.micro_batch,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
-            max_rows=self.options.eval_rows,
-        )
-        for batch in batches:
-            counted = batch["weights"] > 0
-            batch["weights"] = counted.astype(np.float32)  # a plain mean: extra weights steer training, not judgement
-            loss += self.engine.evaluate(self._tensors(batch)).item()
-            labels += float(counted.sum())
-            byte_count += float(byte_lengths[batch["labels"][counted]].sum())
-        loss, labels, byte_count = self.engine.sum_over_ranks([loss, labels, byte_count])
-        if not labels:
-            return
-        result = {"valid_loss": loss / labels}
-        if byte_count:
-            result["valid_bits_per_byte"] = loss / math.log(2) / byte_count
-        self.progress.validation = result
-        self.run_folder.log(self.progress.step, {"kind": "valid", **result, "tokens": self.progress.tokens})
+        result = self.stage.validate(self)
+        if result:
+            self.progress.validation = result
+            self.run_folder.log(self.progress.step, {"kind": "valid", **result, "tokens": self.progress.tokens})
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         state = {
             "step": self.progress.step,
             "progress": self.progress.to_dict(),
-            **self.run_folder.identity(self.data, self.model),
+            **self.run_folder.identity(self.data, self.network),
             **self._engine_identity(),
         }
         checkpoint.save(self.engine, self.run_folder.folder, state, self.options.keep_checkpoints)
@@ -315,7 +312,7 @@ class _Trainer:
             "zero_stage": self.engine.zero_stage,
             "init": self.origin,
         }
-        summary = self.run_folder.finish(self.stage, self.options, self.model, weights, self.data, extra)
+        summary = self.run_folder.finish(self.stage, self.options, self.network, weights, self.data, extra)
         self.engine.barrier()
         self.engine.close()
         return summary
@@ -328,7 +325,7 @@ class _Trainer:
         steps = f"{self.total_steps:,} steps = {self.total_steps * o.global_batch_size / len(self.data):.2f} epochs"
         kind = str(dtype).removeprefix("torch.")
         compiled = ", compiled" if self.engine.compiled else ""
-        size = f"{self.model.num_parameters() / 1e6:.2f}M parameters ({self.origin})"
+        size = f"{self.network.num_parameters() / 1e6:.2f}M parameters ({self.origin})"
         how = f"{kind}{compiled}, {self.engine.optimizer_name}, ZeRO stage {self.engine.zero_stage}"
         return f"{size}; {rows}; global batch {batch}; {steps}; {how}"
 
@@ -380,13 +377,15 @@ def _fixed_boundaries(document_ids_BT: np.ndarray) -> torch.Tensor:
 
 
 def _prefetch(
-    steps: Iterator[list[Batch]], to_tensors: Callable[[Batch], dict[str, torch.Tensor]]
+    steps: Iterator[list[Batch]],
+    to_tensors: Callable[[Batch], dict[str, torch.Tensor]],
+    statistics: Callable[[Batch], TokenStatistics],
 ) -> Iterator[tuple[list[dict[str, torch.Tensor]], list[float]]]:
     """Tensors and statistics (weight, tokens, labels, attention pairs) of a step, the next one made meanwhile."""
 
     def prepare() -> tuple[list[dict[str, torch.Tensor]], list[float]]:
         window = next(steps)
-        counts = [token_statistics(batch) for batch in window]
+        counts = [statistics(batch) for batch in window]
         totals = [(c.label_weight, c.tokens, c.labels, c.attention_pairs) for c in counts]
         return [to_tensors(batch) for batch in window], [float(sum(t)) for t in zip(*totals, strict=True)]
 

@@ -15,7 +15,6 @@ import torch
 
 from minigpt.dataset.shards import PackedDataset
 from minigpt.errors import UserError
-from minigpt.model.model_minigpt import MiniGPT
 from minigpt.observe.hardware import Peak, describe_hardware, package_version, peak_flops
 from minigpt.observe.metrics import RunLogger
 
@@ -92,29 +91,27 @@ class Run:
             else:
                 path.unlink(missing_ok=True)
 
-    def identity(self, data: PackedDataset, model: MiniGPT) -> dict[str, Any]:
+    def identity(self, data: PackedDataset, network: Any) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued, and what it was made with."""
         return {
             "stage": self.stage,
             "fingerprint": data.fingerprint,
             "tokenizer_hash": data.tokenizer_hash,
-            "model": model.config.to_dict(),
+            "model": network.config.to_dict(),
             "options": json.loads(json.dumps(asdict(self.options), default=str)),
             "versions": {name: package_version(name) for name in PACKAGES},
         }
 
-    def check_resumable(
-        self, state: dict[str, Any], data: PackedDataset, model: MiniGPT, engine: dict[str, Any]
-    ) -> None:
+    def check_resumable(self, state: dict[str, Any], data: PackedDataset, network: Any, engine: dict[str, Any]) -> None:
         """Refuse to go on with something else than what the checkpoint was made from; name changed options.
 
         Args:
             state: The checkpoint's.
             data: What is trained on now.
-            model: What is trained now.
+            network: What is trained now.
             engine: ZeRO stage, precision, optimizer and world size of now.
         """
-        now = self.identity(data, model)
+        now = self.identity(data, network)
         remedy = "start anew with --overwrite, or give another --save_dir"
         for key, what in (
             ("stage", "stage"),
@@ -171,18 +168,18 @@ class Run:
         self,
         stage: Stage,
         options: TrainOptions,
-        model: MiniGPT,
+        network: Any,
         weights: dict[str, torch.Tensor],
         data: PackedDataset,
         results: dict[str, Any],
     ) -> dict[str, Any]:
-        """Write the weights twice (a .pth of float32 masters, a Hugging Face folder) and, last of all, the summary."""
+        """Write what the stage leaves and, last of all, the summary."""
         summary = {
             "stage": stage.name,
             "recipe": options.recipe,
             **results,
-            "parameters": model.num_parameters(),
-            "vocab_size": model.config.vocab_size,
+            "parameters": network.num_parameters(),
+            "vocab_size": network.config.vocab_size,
             "global_batch_size": options.global_batch_size,
             "seq_len": data.seq_len,
             "fingerprint": data.fingerprint,
@@ -193,28 +190,15 @@ class Run:
         }
         if not self.first:
             return summary
-        if model.config.tie_word_embeddings:
-            weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
-        path = self.folder / f"{stage.weights}_{model.config.hidden_size}.pth"
-        partial = path.with_name(path.name + ".partial")
         try:
-            torch.save(weights, partial)
-            partial.replace(path)
-            model.save_pretrained(
-                self.folder / "hf",
-                dtype=torch.bfloat16 if options.export_dtype == "bf16" else torch.float32,
-                state_dict=weights,
-                tokenizer_folder=data.folder,
-                generation_config=_generation_config(data.folder, stage.stop_token),
-            )
+            written = stage.write_weights(self.folder, network, weights, data.folder, options)
             write_text(self.folder / SUMMARY, json.dumps(summary, indent=2, default=str) + "\n")
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            partial.unlink(missing_ok=True)
             raise UserError(
                 f"the weights could not be written to {self.folder} ({str(error).splitlines()[0]}); the last "
                 "checkpoint is whole: free some space and run the same command again"
             ) from error
-        self.say(f"{stage.name}: final loss: {results['loss']:.4f}  →  {path}  and  {self.folder / 'hf'}")
+        self.say(f"{stage.name}: final loss: {results['loss']:.4f}  →  {'  and  '.join(map(str, written))}")
         return summary
 
 
@@ -223,15 +207,6 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def _generation_config(tokenizer_folder: Path, stop_token: str) -> dict[str, Any]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    stops = [tokenizer.token_to_id(token) for token in dict.fromkeys((stop_token, "<|endoftext|>"))]
-    stops = [i for i in stops if i is not None]
-    return {"eos_token_id": stops, "pad_token_id": stops[-1]} if stops else {}
 
 
 def _commit() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -111,7 +112,7 @@ def _check_paths(stage: Stage, options: TrainOptions) -> None:
     """Find out now what would otherwise be found out after the data is packed."""
     if options.deepspeed is not None and not options.deepspeed.exists():
         raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; the shipped ones are in ds_configs/")
-    if options.init is None and not stage.from_scratch and newest_pretrain_run(Path(options.save_dir)) is None:
+    if options.init is None and stage.follows and run_to_follow(stage, Path(options.save_dir)) is None:
         raise UserError(_no_weights(stage, options))
     if options.init is not None:
         model_folder(options.init)
@@ -134,7 +135,9 @@ def _pack_into(folder: Path, stage: Stage, options: TrainOptions) -> None:
     if inputs is None:
         print("no --data: taking the embedded micro-world", flush=True)
         files = write_microworld(Path(options.save_dir) / "microworld", MicroWorldOptions(seed=0, size="small"))
-        inputs = [files["pretrain" if stage.packed_as == "pretrain" else "sft"]]
+        if stage.packed_as not in files:
+            raise UserError(f"{stage.name} has no embedded default data: give --data")
+        inputs = [files[stage.packed_as]]
     manifest = pack(
         PackOptions(
             stage=stage.packed_as,  # type: ignore[arg-type]
@@ -164,11 +167,11 @@ def prepare_model(stage: Stage, options: TrainOptions, source: Source) -> tuple[
     Errors: UserError when a stage that needs weights finds none, or the tokenizers do not match.
     """
     init = options.init
-    if init is None and not stage.from_scratch:
-        init = newest_pretrain_run(Path(options.save_dir))
+    if init is None and stage.follows:
+        init = run_to_follow(stage, Path(options.save_dir))
         if init is None:
             raise UserError(_no_weights(stage, options))
-        print(f"no --init: starting from the newest pretrain run, {init}", flush=True)
+        print(f"no --init: starting from the newest {_stage_of(init)} run, {init}", flush=True)
     if init is not None:
         return _load_init(init, source.train), f"from {init}"
     return MiniGPT(new_model_config(options, source.train)), "random weights"
@@ -176,24 +179,28 @@ def prepare_model(stage: Stage, options: TrainOptions, source: Source) -> tuple[
 
 def _no_weights(stage: Stage, options: TrainOptions) -> str:
     return (
-        f"{stage.name} starts from trained weights and there is no finished pretrain run beside {options.save_dir}: "
-        "give one with --init RUN (first `minigpt train pretrain --save_dir RUN`)"
+        f"{stage.name} starts from trained weights and there is no finished {' or '.join(stage.follows)} run beside "
+        f"{options.save_dir}: give one with --init RUN (first `minigpt train {stage.follows[0]} --save_dir RUN`)"
     )
 
 
-def newest_pretrain_run(save_dir: Path) -> Path | None:
-    """The pretrain run that was finished last among the neighbours of `save_dir`."""
-    import json
-
-    finished = []
+def run_to_follow(stage: Stage, save_dir: Path) -> Path | None:
+    """The finished run among the neighbours of `save_dir` to go on from: the newest of the first stage that has one."""
+    finished: dict[str | None, list[tuple[float, Path]]] = {}
     for path in save_dir.resolve().parent.glob("*/summary.json"):
-        try:
-            stage = json.loads(path.read_text(encoding="utf-8")).get("stage")
-        except (OSError, ValueError):
-            continue
-        if stage == "pretrain":
-            finished.append((path.stat().st_mtime, path.parent))
-    return max(finished)[1] if finished else None
+        if path.parent != save_dir.resolve():
+            finished.setdefault(_stage_of(path.parent), []).append((path.stat().st_mtime, path.parent))
+    for name in stage.follows:
+        if name in finished:
+            return max(finished[name])[1]
+    return None
+
+
+def _stage_of(run: Path) -> str | None:
+    try:
+        return json.loads((run / "summary.json").read_text(encoding="utf-8")).get("stage")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def new_model_config(options: TrainOptions, data: PackedDataset) -> MiniGPTConfig:

@@ -10,16 +10,18 @@ from pathlib import Path
 
 from minigpt.trainer.loop import train
 from minigpt.trainer.options import TrainOptions
-from minigpt.trainer.stage import Stage, language_model_loss
+from minigpt.trainer.stage import Stage
 
-SFT = Stage(
-    name="sft",
-    weights="full_sft",
-    packed_as="sft",
-    from_scratch=False,
-    stop_token="<|im_end|>",
-    loss=language_model_loss,
-)
+
+class SupervisedFineTuning(Stage):
+    """Next-token prediction on what the assistant says in conversations."""
+
+    name = packed_as = "sft"
+    weights = "full_sft"
+    follows = ("pretrain",)
+
+
+SFT = SupervisedFineTuning()
 
 
 @dataclass

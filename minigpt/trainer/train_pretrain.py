@@ -10,16 +10,17 @@ from pathlib import Path
 
 from minigpt.trainer.loop import train
 from minigpt.trainer.options import TrainOptions
-from minigpt.trainer.stage import Stage, language_model_loss
+from minigpt.trainer.stage import Stage
 
-PRETRAIN = Stage(
-    name="pretrain",
-    weights="pretrain",
-    packed_as="pretrain",
-    from_scratch=True,
-    stop_token="<|endoftext|>",
-    loss=language_model_loss,
-)
+
+class Pretraining(Stage):
+    """Next-token prediction on plain text, from random weights."""
+
+    name = weights = packed_as = "pretrain"
+    stop_token = "<|endoftext|>"
+
+
+PRETRAIN = Pretraining()
 
 
 @dataclass
