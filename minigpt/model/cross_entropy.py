@@ -1,10 +1,14 @@
-"""Cross-entropy of a linear output layer, a piece of the batch at a time.
+"""Cross-entropy and log-probabilities of a linear output layer, a piece of the batch at a time.
 
 With a vocabulary of V entries the logits of N tokens take N·V numbers, and their gradient as many again: 10 GB for 16k
 tokens of a 150k vocabulary in float32. Here they exist for one chunk of tokens only. The gradient with respect to the
 hidden states and the weight is computed along with the loss, because the loss is a sum and its upstream gradient is one
 scalar that can be multiplied in later; so no logits are kept or computed twice.
 (The idea is that of Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989, section 3.)
+
+Losses that are no sum over tokens (DPO's is a function of whole answers) want the log-probability of each token, whose
+upstream gradient is known only when all of them are. So `linear_log_probs` computes the logits of a chunk once more in
+its backward pass, unless the weight is frozen: four products where the loss has three, and one chunk in memory.
 """
 
 from __future__ import annotations
@@ -71,3 +75,67 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def linear_log_probs(x_NE: torch.Tensor, weight_VE: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """log softmax(weight · x_n)[labels_n] for every n, without all logits in memory.
+
+    Args:
+        x_NE: hidden states.
+        weight_VE: the output layer.
+        labels_N: int64; negative: no label. Such a position has log-probability 0 and exactly zero gradient, whatever
+            it holds.
+
+    Returns:
+        float32 [N] (float64 for float64 input), in nats. The softmax is computed in that precision too.
+    """
+    return _LinearLogProbs.apply(x_NE, weight_VE, labels_N)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NE, weight_VE, labels_N):
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        accumulate = torch.float64 if x_NE.dtype == torch.float64 else torch.float32
+        chunk = max(1, _CHUNK_ELEMENTS // weight_VE.shape[0])
+        log_probs, log_normalisers, grad_x = [], [], []
+        for x, label in zip(x_NE.split(chunk), labels_N.split(chunk), strict=True):
+            has_label, label = label >= 0, label.clamp_min(0)
+            logits = (torch.where(has_label[:, None], x, 0.0) @ weight_VE.T).to(accumulate)
+            log_z = logits.logsumexp(-1)
+            log_probs.append(torch.where(has_label, logits.gather(1, label[:, None])[:, 0] - log_z, 0.0))
+            log_normalisers.append(log_z)
+            if needs_x and not needs_weight:  # a row's gradient is upstream times this: no logits are needed again
+                grad_logits = _log_prob_gradient(logits, log_z, label) * has_label[:, None]
+                grad_x.append(grad_logits.to(x.dtype) @ weight_VE)
+        ctx.chunk = chunk
+        if needs_weight:
+            ctx.save_for_backward(x_NE, weight_VE, labels_N, torch.cat(log_normalisers))
+        else:
+            ctx.save_for_backward(torch.cat(grad_x) if needs_x else None, None, labels_N, None)
+        return torch.cat(log_probs)
+
+    @staticmethod
+    def backward(ctx, grad_N):
+        x_NE, weight_VE, labels_N, log_z_N = ctx.saved_tensors
+        if weight_VE is None:  # what was saved is the gradient with respect to x
+            return x_NE * torch.where(labels_N >= 0, grad_N, 0.0)[:, None].to(x_NE.dtype), None, None
+        grad_weight = torch.zeros(weight_VE.shape, dtype=log_z_N.dtype, device=x_NE.device)
+        grad_x = []
+        pieces = (t.split(ctx.chunk) for t in (x_NE, labels_N, log_z_N, grad_N))
+        for x, label, log_z, grad in zip(*pieces, strict=True):
+            has_label, label = label >= 0, label.clamp_min(0)
+            x = torch.where(has_label[:, None], x, 0.0)
+            logits = (x @ weight_VE.T).to(log_z.dtype)
+            upstream = torch.where(has_label, grad, 0.0)[:, None]
+            grad_logits = (_log_prob_gradient(logits, log_z, label) * upstream).to(x.dtype)
+            if ctx.needs_input_grad[0]:
+                grad_x.append(grad_logits @ weight_VE)
+            grad_weight += grad_logits.T @ x
+        return torch.cat(grad_x) if grad_x else None, grad_weight.to(weight_VE.dtype), None
+
+
+def _log_prob_gradient(logits: torch.Tensor, log_z: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """d log softmax(logits)[label] / d logits: the one-hot label minus the softmax."""
+    is_label = torch.arange(logits.shape[1], device=logits.device) == label[:, None]
+    return is_label.to(logits.dtype) - (logits - log_z[:, None]).exp()

@@ -4,8 +4,9 @@ Our parameters carry Qwen3's names, so the weights need no conversion: a model w
 `Qwen3ForCausalLM`, one without is a stock `LlamaForCausalLM`, and transformers, vLLM and llama.cpp load either without
 remote code. Read are the same two layouts and Qwen2 (a Llama with biases on q, k and v). transformers is not needed.
 
-Folders come from strangers: only safetensors is opened (a pickle runs code), `auto_map` is refused, and an index may
-name files of its own folder only. Whatever does not fit is an error with a name: nothing stays at its random value.
+Folders come from strangers: only safetensors is opened (a pickle runs code), `auto_map` is refused, and an index or a
+link may lead to files of its own folder only. Whatever does not fit is an error with a name: nothing stays at its
+random value.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
-    from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+    from minigpt.model.model_minigpt import DecoderModel, MiniGPTConfig
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -32,6 +33,19 @@ ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama", "Qwen
 ROPE_TYPES = ("default", "linear", "llama3")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 END_OF_TEXT = "<|endoftext|>"
+MAX_JSON = 256 << 20
+"""Bytes; the tokenizer.json of the largest public vocabularies takes a tenth."""
+MAX_SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": 1 << 40,
+}
+"""Larger numbers in a config.json are mistakes or attacks; even a model without weights would not fit into memory."""
 
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -95,17 +109,18 @@ def config_from_hf(raw: Mapping[str, Any], source: str | Path = "config.json") -
     _refuse_other_arithmetic(raw, source)
     model_type = ARCHITECTURES[_architecture(raw, source)]
     try:
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+        sizes = {key: _size(raw, key, source) for key in MAX_SIZES if raw.get(key) is not None}
+        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
         return MiniGPTConfig(
-            vocab_size=int(raw["vocab_size"]),
+            vocab_size=sizes["vocab_size"],
             hidden_size=hidden,
-            intermediate_size=int(raw["intermediate_size"]),
-            num_hidden_layers=int(raw["num_hidden_layers"]),
+            intermediate_size=sizes["intermediate_size"],
+            num_hidden_layers=sizes["num_hidden_layers"],
             num_attention_heads=heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
+            num_key_value_heads=sizes.get("num_key_value_heads", heads),
             # absent, stock classes differ: Qwen3 takes 128 whatever the hidden size is
-            head_dim=int(raw.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads)),
-            max_position_embeddings=int(raw["max_position_embeddings"]),
+            head_dim=sizes.get("head_dim", 128 if model_type == "qwen3" else hidden // heads),
+            max_position_embeddings=sizes["max_position_embeddings"],
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qk_norm=model_type == "qwen3",
@@ -117,6 +132,20 @@ def config_from_hf(raw: Mapping[str, Any], source: str | Path = "config.json") -
         raise ValueError(
             f"{source}: the key {error} is missing; take the config.json that belongs to the weights"
         ) from None
+    except (TypeError, ValueError) as error:
+        sentence = str(error)
+        named = sentence if sentence.startswith(str(source)) else f"{source}: {sentence}; copy the file again"
+        raise ValueError(named) from None
+
+
+def _size(raw: Mapping[str, Any], key: str, source: str | Path) -> int:
+    value = raw[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZES[key]:
+        raise ValueError(
+            f"{source}: {key} is {json.dumps(value)[:40]}, it must be a whole number from 1 to {MAX_SIZES[key]}; "
+            f"take the config.json that belongs to the weights"
+        )
+    return value
 
 
 def _architecture(raw: Mapping[str, Any], source: str | Path) -> str:
@@ -175,13 +204,14 @@ def _rope_scaling(raw: Mapping[str, Any], source: str | Path) -> dict[str, Any] 
 
 
 def save_hf_folder(
-    model: MiniGPT,
+    model: DecoderModel,
     folder: str | Path,
     dtype: torch.dtype | None = None,
     *,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     tokenizer_folder: str | Path | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    extra_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load; returns its path.
 
@@ -196,6 +226,7 @@ def save_hf_folder(
         tokenizer_folder: where tokenizer.json and tokenizer_config.json lie; they are copied byte for byte, and the
             ids of eos and pad are taken from them. None writes weights and configs only.
         generation_config: entries added to generation_config.json (for example temperature).
+        extra_config: entries of config.json to add or replace (a reward model names another architecture).
 
     Raises:
         ValueError: when the tokenizer has ids that the model has no row for.
@@ -213,6 +244,7 @@ def save_hf_folder(
         config |= {"eos_token_id": ids["eos"][0], "pad_token_id": ids["pad"]}
         generation |= {"eos_token_id": ids["eos"], "pad_token_id": ids["pad"]}
     generation |= dict(generation_config or {})
+    config |= dict(extra_config or {})
 
     for stale in folder.glob(".partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -333,11 +365,52 @@ def load_hf_folder(folder: str | Path) -> tuple[MiniGPTConfig, dict[str, torch.T
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give a folder with config.json and {WEIGHTS}")
+    for name in ("config.json", "generation_config.json", WEIGHTS_INDEX, *TOKENIZER_FILES):
+        refuse_links_out(folder / name)
     config = config_from_hf(_read_json(folder / "config.json"), folder / "config.json")
+    check_tokenizer(folder)
     tensors: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
-        tensors |= _read_safetensors(path)
+        refuse_links_out(path)
+        more = _read_safetensors(path)
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise ValueError(f"{path}: {_some(twice)} is stored in another file as well; download the model again")
+        tensors |= more
     return config, _fit(config, tensors, folder)
+
+
+def refuse_links_out(path: Path) -> None:
+    """Raises ValueError for a file that is a link to somewhere outside of its folder.
+
+    What it shows would be copied with the model. Hugging Face's cache, whose `snapshots/REVISION/` link to the `blobs/`
+    beside, is meant so.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    cache = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    if target.parent not in (folder, cache):
+        raise ValueError(f"{path}: is a link to {target}, outside of its folder; put the file itself there")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises ValueError where the tokenizer of a folder (if there is one) asks for code, or is not byte-level BPE.
+
+    Others, such as SentencePiece's, join a text with its neighbours, so that segments could not be encoded one by one.
+    """
+    if (folder / "tokenizer_config.json").is_file() and "auto_map" in _read_json(folder / "tokenizer_config.json"):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: 'auto_map' asks to run code from the folder, which is never done; "
+            f"use a stock checkpoint"
+        )
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    tokenizer = _read_json(path)
+    kind = (tokenizer.get("model") or {}).get("type")
+    if kind != "BPE" or '"ByteLevel"' not in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]):
+        raise ValueError(
+            f"{path}: the tokenizer is {kind or 'of an unknown kind'} and not byte-level BPE, the only kind that is "
+            f"supported; choose a model of the Qwen, Llama 3 or SmolLM families"
+        )
 
 
 def load_generation_config(folder: str | Path) -> dict[str, Any]:
@@ -359,7 +432,7 @@ def convert_hf_folder(source: str | Path, output: str | Path, dtype: torch.dtype
     config, tensors = load_hf_folder(source)
     with torch.device("meta"):
         model = MiniGPT(config)
-    has_tokenizer = (Path(source) / "tokenizer.json").exists() and (Path(source) / "tokenizer_config.json").exists()
+    has_tokenizer = (Path(source) / "tokenizer.json").exists()
     extra = {key: value for key, value in load_generation_config(source).items() if key != "transformers_version"}
     return save_hf_folder(
         model,
@@ -374,9 +447,11 @@ def convert_hf_folder(source: str | Path, output: str | Path, dtype: torch.dtype
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a complete Hugging Face folder")
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path}: has {path.stat().st_size:,} bytes, far more than any real one; copy the file again")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object was expected, found {type(content).__name__}; copy the file again")

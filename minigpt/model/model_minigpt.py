@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionPattern, attention, cached_pattern, packed_pattern
-from .cross_entropy import linear_cross_entropy
+from .cross_entropy import linear_cross_entropy, linear_log_probs
 from .kv_cache import KVCache
 
 
@@ -85,16 +85,18 @@ class MiniGPTConfig:
 
 
 class MiniGPTOutput(NamedTuple):
-    """What a forward pass returns; the field that was not asked for is None.
+    """What a forward pass returns; the fields that were not asked for are None.
 
     Attributes:
         logits: [B, T, V].
         loss_sum: float32 scalar, the sum of weight · cross-entropy over the labelled positions, in nats. A sum, not a
             mean: only the caller knows the weight of the whole global batch that it is to be divided by.
+        log_probs: float32 [B, T], of each label, in nats; 0 where there is none.
     """
 
     logits: torch.Tensor | None = None
     loss_sum: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -243,21 +245,59 @@ class Transformer(nn.Module):
         return self.norm(x_BTE)
 
 
-class LMHead(nn.Linear):
-    """Hidden states to logits or, with labels, straight to the summed loss.
+class DecoderModel(nn.Module):
+    """The transformer that a head reads from: what the language model, the reward model and the critic share."""
 
-    The loss is computed here and not by the caller because under ZeRO-3 a weight exists only while its own module runs.
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.attention_backend: str | None = None  # None: the fastest one for the device and row length
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[B, T, E] of every position, behind the last norm; the arguments are those of `MiniGPT.forward`."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if kv_cache is not None:
+            pattern = cached_pattern(position_ids, kv_cache.max_length)
+        elif document_ids is not None:
+            dtype = self.model.embed_tokens.weight.dtype
+            pattern = packed_pattern(document_ids, dtype, self.attention_backend, cu_seqlens)
+        else:
+            pattern = AttentionPattern(self.attention_backend or "sdpa")
+        return self.model(input_ids, position_ids, pattern, kv_cache)
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """Number of parameters; a tied output layer counts once."""
+        total = sum(p.numel() for p in self.parameters())
+        return total if embeddings else total - self.model.embed_tokens.weight.numel()
+
+
+class LMHead(nn.Linear):
+    """Hidden states to logits or, with labels, straight to the summed loss or to the labels' log-probabilities.
+
+    They are computed here and not by the caller because under ZeRO-3 a weight exists only while its own module runs.
     """
 
-    def forward(self, x_BTE, labels_BT=None, weights_BT=None) -> torch.Tensor:
+    def forward(self, x_BTE, labels_BT=None, weights_BT=None, reduction: str = "sum") -> torch.Tensor:
         if labels_BT is None:
             return super().forward(x_BTE)
+        if reduction == "none":
+            log_probs_N = linear_log_probs(x_BTE.flatten(0, 1), self.weight, labels_BT.flatten())
+            return log_probs_N.view(labels_BT.shape)
         if weights_BT is None:
             weights_BT = torch.ones_like(labels_BT, dtype=torch.float32)
         return linear_cross_entropy(x_BTE.flatten(0, 1), self.weight, labels_BT.flatten(), weights_BT.flatten())
 
 
-class MiniGPT(nn.Module):
+class MiniGPT(DecoderModel):
     """A causal language model.
 
     Example:
@@ -267,11 +307,8 @@ class MiniGPT(nn.Module):
     """
 
     def __init__(self, config: MiniGPTConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Transformer(config)
+        super().__init__(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
-        self.attention_backend: str | None = None  # None: the fastest one for the device and row length
         self.reset_parameters()
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -295,8 +332,9 @@ class MiniGPT(nn.Module):
         weights: torch.Tensor | None = None,
         kv_cache: KVCache | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        reduction: str = "sum",
     ) -> MiniGPTOutput:
-        """Logits of every position or, when `labels` are given, the summed loss without the logits in memory.
+        """Logits of every position or, when `labels` are given, what the labels cost, without the logits in memory.
 
         Args:
             input_ids: int64 [B, T].
@@ -307,23 +345,17 @@ class MiniGPT(nn.Module):
             weights: float32 [B, T], weight of each label. Default: 1.
             kv_cache: the tokens are new; they are written at `position_ids` of their rows and see what lies before.
             cu_seqlens: int32, boundaries of the documents in the flattened batch, when known (varlen attention).
+            reduction: "sum": the weighted loss of all labels; "none": the log-probability of each label, unweighted.
 
         Returns:
-            MiniGPTOutput with `logits` [B, T, V], or with `loss_sum`.
+            MiniGPTOutput with `logits` [B, T, V], or with `loss_sum`, or with `log_probs` [B, T].
         """
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        if kv_cache is not None:
-            pattern = cached_pattern(position_ids, kv_cache.max_length)
-        elif document_ids is not None:
-            dtype = self.model.embed_tokens.weight.dtype
-            pattern = packed_pattern(document_ids, dtype, self.attention_backend, cu_seqlens)
-        else:
-            pattern = AttentionPattern(self.attention_backend or "sdpa")
-        x_BTE = self.model(input_ids, position_ids, pattern, kv_cache)
-        if labels is not None:
-            return MiniGPTOutput(loss_sum=self.lm_head(x_BTE, labels, weights))
-        return MiniGPTOutput(logits=self.lm_head(x_BTE))
+        x_BTE = self.hidden_states(input_ids, position_ids, document_ids, kv_cache, cu_seqlens)
+        if labels is None:
+            return MiniGPTOutput(logits=self.lm_head(x_BTE))
+        if reduction == "none":
+            return MiniGPTOutput(log_probs=self.lm_head(x_BTE, labels, reduction="none"))
+        return MiniGPTOutput(loss_sum=self.lm_head(x_BTE, labels, weights))
 
     @torch.no_grad()
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 64, **sampling: Any) -> torch.Tensor:
@@ -365,8 +397,3 @@ class MiniGPT(nn.Module):
             if key in state_dict:
                 state_dict = {**state_dict, "lm_head.weight": state_dict[key]}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def num_parameters(self, embeddings: bool = True) -> int:
-        """Number of parameters; a tied output layer counts once."""
-        total = sum(p.numel() for p in self.parameters())
-        return total if embeddings else total - self.model.embed_tokens.weight.numel()

@@ -1,11 +1,12 @@
-"""The chunked cross-entropy against PyTorch's in float64: value and gradients, weights, ignored labels, garbage."""
+"""The chunked cross-entropy and log-probabilities against PyTorch's in float64: values and gradients, weights, ignored
+labels, garbage."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minigpt.model import cross_entropy
-from minigpt.model.cross_entropy import linear_cross_entropy
+from minigpt.model.cross_entropy import linear_cross_entropy, linear_log_probs
 
 N, E, V = 37, 16, 50
 
@@ -99,3 +100,76 @@ def test_frozen_inputs_get_no_gradient_and_the_other_keeps_its_own():
     assert torch.allclose(3.0 * weight.grad, grad_weight)
     with torch.no_grad():
         assert torch.isfinite(linear_cross_entropy(x, weight, labels, weights))
+
+
+# ---------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def log_prob_results(function, x, weight, labels, upstream):
+    """Log-probabilities of a function of (x, weight, labels), and its gradients under a given upstream gradient."""
+    log_probs = function(x, weight, labels)
+    return [log_probs.detach(), *torch.autograd.grad(log_probs, (x, weight), upstream.to(log_probs.dtype))]
+
+
+def plain_log_probs(x, weight, labels):
+    """By PyTorch's log_softmax over all logits."""
+    found = (x @ weight.T).log_softmax(-1).gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    return torch.where(labels >= 0, found, 0.0)
+
+
+@pytest.fixture
+def upstream() -> torch.Tensor:
+    """Any gradient from above, of both signs, another one for every token."""
+    return torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str
+)
+def test_log_probs_and_their_gradients_are_those_of_pytorch_in_float64(dtype, tolerance, upstream):
+    x, weight, labels, _ = example(dtype)
+    ours = log_prob_results(linear_log_probs, x, weight, labels, upstream)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    for found, reference in zip(ours, log_prob_results(plain_log_probs, *exact, labels, upstream), strict=True):
+        assert ((found.double() - reference).norm() / reference.norm()).item() < tolerance
+
+
+def test_log_probs_of_bf16_states_are_float32():
+    x, weight, labels, _ = example(torch.bfloat16)
+    assert linear_log_probs(x, weight, labels).dtype == torch.float32
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all trained", "weight frozen"])
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+def test_a_position_without_label_has_log_prob_0_and_no_gradient_whatever_it_holds(garbage, frozen, upstream):
+    x, weight, labels, _ = example(torch.float32)
+    weight = weight.detach() if frozen else weight
+    trained = (x,) if frozen else (x, weight)
+
+    def results():
+        log_probs = linear_log_probs(x, weight, labels)
+        return [log_probs.detach(), *torch.autograd.grad(log_probs, trained, upstream.float())]
+
+    clean = results()
+    silent = labels < 0
+    x.data[silent] = garbage
+    upstream[silent] = garbage
+    dirty = results()
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert not dirty[0][silent].any()
+    assert not dirty[1][silent].any(), "exactly zero gradient"
+
+
+def test_log_probs_with_a_frozen_part_give_the_other_its_gradient(upstream):
+    x, weight, labels, _ = example()
+    _, grad_x, grad_weight = log_prob_results(linear_log_probs, x, weight, labels, upstream)
+    linear_log_probs(x, weight.detach(), labels).backward(upstream)
+    assert torch.allclose(x.grad, grad_x, rtol=1e-12)
+    linear_log_probs(x.detach(), weight, labels).backward(upstream)
+    assert torch.allclose(weight.grad, grad_weight, rtol=1e-12)
+
+
+def test_their_sum_is_the_loss():
+    x, weight, labels, _ = example()
+    loss = linear_cross_entropy(x, weight, labels, torch.ones(N))
+    assert linear_log_probs(x, weight, labels).sum().item() == pytest.approx(-loss.item(), rel=1e-14)
