@@ -116,8 +116,8 @@ def test_packing_keeps_pairs_together_and_never_overlaps(rows):
 
 
 def test_rows_are_full_where_lengths_allow():
-    """256 pairs of 60 tokens a side on average, in rows of 256."""
-    data = Pairs(600, seq_len=256, longest=60)
+    """256 pairs of 40 tokens a side on average, in rows of 256."""
+    data = Pairs(600, seq_len=256, longest=40)
     rows = choose_rows(data, pairs_per_step=256, world_size=1, max_tokens=4096)
     tokens = positions = 0
     for window in islice(pair_steps(data, rows=rows, global_batch_size=256), 8):
