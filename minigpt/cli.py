@@ -68,6 +68,12 @@ VERBS: dict[str, Verb] = {
         "answer one prompt",
         True,
     ),
+    "eval": Verb(
+        "minigpt.evaluation.command:evaluate",
+        "minigpt.evaluation.command:EvalOptions",
+        "judge a model: bits per byte, exact answers, pass@k, multiple choice",
+        True,
+    ),
     "export": Verb(
         f"{_COMMANDS}:export", f"{_COMMANDS}:ExportOptions", "write a run's weights for other programs", True
     ),

@@ -25,7 +25,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "minigpt.dataset": (set(), set()),
     "minigpt.generation": ({"minigpt.model", "minigpt.dataset"}, set()),
     "minigpt.observe": (set(), set()),
-    "minigpt.evaluation": ({"minigpt.dataset"}, {"minigpt.model", "minigpt.generation"}),
+    "minigpt.evaluation": ({"minigpt.dataset"}, {"minigpt.model", "minigpt.generation", "minigpt.observe"}),
     "minigpt.trainer": (
         {"minigpt.dataset", "minigpt.model", "minigpt.observe"},
         {"minigpt.evaluation", "minigpt.generation", "data_prep"},

@@ -5,21 +5,25 @@ Plain text in, numbers out: nothing here knows a model, a tokenizer or torch.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from minigpt.dataset.expressions import work_out
 from minigpt.errors import UserError
 
 ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-VERIFIERS = ("exact", "math")
+NUMBER = re.compile(r"(?:(?<![\d)])-)?\d[\d,]*(?:\.\d+)?")  # in `20-5` the sign is an operation
+EXPRESSION = re.compile(r"[\d(][\d ()+\-*/]*[\d)]|\d")
+SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
+VERIFIERS = ("exact", "math", "countdown")
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,35 @@ class Accuracy:
         return self.correct / self.total if self.total else math.nan
 
     def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's score interval (1927), 95 % at `z` = 1.96. Unlike the normal one it holds at 0 % and 100 %."""
-        if not self.total:
-            return 0.0, 1.0
-        n, p = self.total, self.value
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        """See `wilson_interval`."""
+        return wilson_interval(self.value, self.total, z)
 
     def __str__(self) -> str:
         low, high = self.interval()
         return f"{self.value:.1%} ({self.correct}/{self.total}, 95 % interval {low:.1%} to {high:.1%})"
+
+
+def wilson_interval(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share `p` of `n`, 95 % at z = 1.96. It holds at 0 % and 100 % too.
+
+    For a mean of numbers between 0 and 1 instead of zeros and ones (pass@k of each question) it is on the safe side,
+    since nothing between 0 and 1 varies more than zeros and ones of the same mean.
+    """
+    if not n:
+        return 0.0, 1.0
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that one of `k` replies is right, from `samples` replies of which `correct` were: unbiased.
+
+    1 - C(samples - correct, k) / C(samples, k) (Chen et al. 2021, arXiv:2107.03374, eq. 1).
+    """
+    assert 0 <= correct <= samples
+    assert 1 <= k <= samples
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def extract_answer(reply: str) -> str:
@@ -60,22 +82,39 @@ def normalise(text: str) -> str:
     return " ".join(folded.split()).rstrip(" .。!")
 
 
-def last_number(text: str) -> float | None:
-    """The last number of a text, without thousands separators."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text, exactly, without thousands separators."""
+    found = NUMBER.findall(text.replace("−", "-"))
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
-def is_correct(reply: str, answer: str, verifier: str) -> bool:
+def solves_countdown(said: str, nums: Sequence[int], target: int) -> bool:
+    """Whether the last expression of a text uses each of `nums` exactly once and makes `target`, in exact arithmetic.
+
+    `(3 + 4) * 2 = 14` counts as its left side. Nothing is executed.
+    """
+    found = EXPRESSION.findall(unicodedata.normalize("NFKC", said).translate(SIGNS))
+    written = [text for text in found if re.search(r"[-+*/]", text)] or found
+    if not written:
+        return False
+    try:
+        worked_out = work_out(written[-1])
+    except ValueError:
+        return False
+    return worked_out.value == target and Counter(worked_out.numbers) == Counter(nums)
+
+
+def is_correct(reply: str, answer: str, verifier: str, meta: Mapping[str, Any] | None = None) -> bool:
     """Whether a reply gives the expected answer.
 
     Args:
         reply: what the model wrote, with or without tags.
         answer: what is right.
-        verifier: "exact" compares normalised texts, "math" the last number of each.
+        verifier: "exact" compares normalised texts, "math" the last number of each, "countdown" works the reply out.
+        meta: of the record; countdown needs its "nums" and "target".
 
     Raises:
-        UserError: for a verifier that cannot decide from these texts alone.
+        UserError: for a verifier that is unknown.
     """
     said = extract_answer(reply)
     if verifier == "math":
@@ -83,31 +122,27 @@ def is_correct(reply: str, answer: str, verifier: str) -> bool:
         return expected is not None and last_number(said) == expected
     if verifier == "exact":
         return normalise(said) == normalise(answer)
+    if verifier == "countdown":
+        assert meta is not None
+        return solves_countdown(said, meta["nums"], meta["target"])
     raise UserError(f"answers with the verifier {verifier!r} cannot be compared; known here: {', '.join(VERIFIERS)}")
 
 
 def read_prompt_records(path: Path | str) -> list[dict[str, Any]]:
-    """Prompt records from a jsonl file: {"messages", "answer", "verifier", "meta"} on each line.
+    """Prompt records of a JSON Lines file (or JSON array): {"messages", "answer", "verifier", "meta"} each.
+
+    Every layout that `minigpt.dataset.records` knows as a prompt: our own records, GSM8K (question, answer with
+    `####`), countdown (nums, target).
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        UserError: naming file and line of one that is not such a record, or the file when it is empty.
+        UserError: when there is no such file or it is empty, or naming file and line of what is not such a record.
     """
-    records = []
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is not valid JSON ({error.msg}); mend or delete the line") from None
-            missing = [key for key in ("messages", "answer") if key not in record]
-            if missing:
-                raise UserError(f"{path}:{number} has no {' and no '.join(missing)}; a prompt record needs both")
-            records.append({"verifier": "exact", "meta": {}} | record)
-    if not records:
-        raise UserError(f"{path} holds no prompt records; name a file with one JSON object a line")
+    from minigpt.dataset.lm_dataset import read_jsonl
+
+    records = list(read_jsonl(path, "prompt"))
+    unanswered = sum(record["verifier"] == "none" for record in records)
+    if unanswered:
+        raise UserError(f"{path}: {unanswered} of {len(records)} records hold no answer to compare with; take them out")
     return records
 
 

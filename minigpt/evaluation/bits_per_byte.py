@@ -1,95 +1,220 @@
 """Bits per byte: how well a model predicts text, in a unit that does not depend on the tokenizer.
 
-Σ NLL / (ln 2 · Σ UTF-8 bytes of the predicted tokens). A fair coin for every bit of the text costs 8.
+Σ NLL / (ln 2 · Σ UTF-8 bytes of the predicted tokens). A fair coin for every bit of the text costs 8. The first token
+of a document is given, not predicted, and its bytes are not counted; its end is predicted and has no bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from minigpt.dataset.shards import PackedDataset, sequential_batches
+from minigpt.errors import UserError
+
+from .task import Metric, Progress, Settings, TaskResult, fingerprint
 
 if TYPE_CHECKING:
+    from minigpt.dataset.chat import ChatEncoder
     from minigpt.model.model_minigpt import MiniGPT
 
-LossFn = Callable[[dict[str, torch.Tensor]], float]
+TEXT_ENDINGS = (".txt", ".text", ".md", ".markdown")
+RECORD_ENDINGS = (".jsonl", ".json")
+LONGEST_WINDOW = 2048
+ROWS_TOKENS = 16_384  # tokens of one forward pass
 
 
 @dataclass(frozen=True)
-class BitsPerByteResult:
-    """Sums over a split, and what follows from them.
+class TextCost:
+    """What n texts (documents, or rows of packed data) cost a model.
 
     Attributes:
-        nll: summed negative log-likelihood of all labels of weight > 0, in nats.
-        tokens: number of those labels.
-        bytes: UTF-8 bytes that they stand for; added tokens such as `<|endoftext|>` count 0.
+        nll: float64 [n], summed negative log-likelihood of the labels, in nats.
+        tokens: int64 [n], number of labels.
+        bytes: int64 [n], UTF-8 bytes that they stand for; added tokens such as `<|endoftext|>` count 0.
     """
 
-    nll: float
-    tokens: int
-    bytes: int
+    nll: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
 
-    @property
-    def bits_per_byte(self) -> float:
-        """NaN where there is no text."""
-        return self.nll / (math.log(2) * self.bytes) if self.bytes else math.nan
+    def metrics(self) -> list[Metric]:
+        """Bits per byte; loss in nats per token; perplexity, its exponential."""
+        loss = Metric.of_ratio("loss", self.nll, self.tokens)
+        perplexity = Metric("perplexity", *(_exp(x) for x in (loss.value, loss.low, loss.high)))
+        return [Metric.of_ratio("bits_per_byte", self.nll / math.log(2), self.bytes), loss, perplexity]
 
-    @property
-    def loss(self) -> float:
-        """Mean over the labels, in nats per token."""
-        return self.nll / self.tokens if self.tokens else math.nan
+    def result(self, task: str) -> TaskResult:
+        """The same as a task's result."""
+        totals = {"tokens": int(self.tokens.sum()), "bytes": int(self.bytes.sum())}
+        return TaskResult(task, self.metrics(), len(self.nll), totals)
 
 
-class BitsPerByte:
-    """Bits per byte of a packed split.
+class PackedText:
+    """Bits per byte of a packed split; of conversations only what the assistant says counts.
 
     Args:
-        dataset: a packed split of a pretraining or conversation stage; of conversations only the trained tokens count.
-        batch_size: rows in a forward pass.
-        max_rows: use only the first rows.
+        dataset: A split of a packed stage.
+        name: Of the task.
     """
 
-    def __init__(self, dataset: PackedDataset, batch_size: int = 16, max_rows: int | None = None) -> None:
-        self.dataset, self.batch_size, self.max_rows = dataset, batch_size, max_rows
+    def __init__(self, dataset: PackedDataset, name: str = "valid") -> None:
+        self.dataset, self.name = dataset, name
+        self.source = {"path": str(dataset.folder), "split": dataset.split, "fingerprint": dataset.fingerprint}
 
-    def __call__(self, model: MiniGPT | None = None, *, loss_fn: LossFn | None = None) -> BitsPerByteResult:
-        """Measure.
+    def run(
+        self, model: MiniGPT, encoder: ChatEncoder, settings: Settings, progress: Progress | None = None
+    ) -> TaskResult:
+        """See `Task.run`; `settings.limit` counts rows. UserError when model and data have different tokenizers."""
+        from minigpt.dataset.chat import load_tokenizer
 
-        Args:
-            model: scored in evaluation mode, without gradients; its mode is restored.
-            loss_fn: instead of a model, a function from a batch of tensors (`collate`) to the summed loss in nats.
-        """
-        assert (model is None) != (loss_fn is None), "give a model or a loss_fn"
-        score = loss_fn or _model_loss(model)
-        nll, tokens, n_bytes = 0.0, 0, 0
-        was_training = model.training if model is not None else False
-        if model is not None:
-            model.eval()
-        try:
-            for batch in sequential_batches(self.dataset, self.batch_size, max_rows=self.max_rows):
-                # A label counts once, whatever weight training gives it (tags may weigh 10).
-                counted = batch["weights"] > 0
-                batch["weights"] = counted.astype(np.float32)
-                nll += score({name: torch.from_numpy(array) for name, array in batch.items()})
-                tokens += int(counted.sum())
-                n_bytes += int(self.dataset.token_byte_lengths[batch["labels"][counted]].sum())
-        finally:
-            if model is not None:
-                model.train(was_training)
-        return BitsPerByteResult(nll, tokens, n_bytes)
+        if load_tokenizer(self.dataset.folder).get_vocab() != encoder.tokenizer.get_vocab():
+            raise UserError(
+                f"{self.dataset.folder} was packed with another tokenizer than the model's: pack it again with "
+                "--tokenizer, or give raw text, bpb:FILE"
+            )
+        return self.cost(model, settings, progress).result(self.name)
+
+    def cost(self, model: MiniGPT, settings: Settings | None = None, progress: Progress | None = None) -> TextCost:
+        """What each row costs."""
+        settings = settings or Settings(batch_size=16)
+        total = min(len(self.dataset), settings.limit or len(self.dataset))
+        lengths = self.dataset.token_byte_lengths
+        nll, tokens, n_bytes = np.zeros(total), np.zeros(total, np.int64), np.zeros(total, np.int64)
+        rows = max(1, min(settings.batch_size, ROWS_TOKENS // self.dataset.seq_len))
+        batches = sequential_batches(self.dataset, rows, max_rows=total)
+        for first, batch in zip(range(0, total, rows), batches, strict=True):
+            # A label counts once, whatever weight training gives it (tags may weigh 10).
+            labels_BT = np.where(batch["weights"] > 0, batch["labels"], -100)
+            log_probs_BT = _log_probs(
+                model, batch["input_ids"], labels_BT, batch["position_ids"], batch["document_ids"]
+            )
+            here = slice(first, min(first + rows, total))
+            n = here.stop - here.start
+            counted_BT = labels_BT >= 0
+            nll[here], tokens[here] = -log_probs_BT.sum(1)[:n], counted_BT.sum(1)[:n]
+            n_bytes[here] = np.where(counted_BT, lengths[labels_BT.clip(0)], 0).sum(1)[:n]
+            if progress is not None:
+                progress(here.stop, total)
+        return TextCost(nll, tokens, n_bytes)
 
 
-def _model_loss(model: Any) -> LossFn:
-    device = next(model.parameters()).device
+class RawText:
+    """Bits per byte of text files: every document is read through a window that moves by half its length.
 
-    @torch.no_grad()
-    def loss(batch: dict[str, torch.Tensor]) -> float:
-        return model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss_sum.item()
+    So each token but the first is predicted once, from at least half a window of text before it where there is as much.
 
-    return loss
+    Args:
+        path: A text or Markdown file (one document), a JSON Lines file of {"text"} (a document a line), or a folder of
+            such files.
+        name: Of the task.
+
+    Raises:
+        UserError: when there is no text there.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.name = name or f"bpb-{path.stem}"
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*TEXT_ENDINGS, *RECORD_ENDINGS))
+        else:
+            files = [path]
+        self.texts = [text for file in files for text in _read_texts(file) if text]
+        if not self.texts:
+            raise UserError(
+                f"{path} holds no text: give a text or Markdown file, a jsonl with text, or a folder of them"
+            )
+        self.source = {"path": str(path), "fingerprint": fingerprint(*files)}
+
+    def run(
+        self, model: MiniGPT, encoder: ChatEncoder, settings: Settings, progress: Progress | None = None
+    ) -> TaskResult:
+        """See `Task.run`; `settings.limit` counts documents."""
+        texts = self.texts[: settings.limit]
+        longest = model.config.max_position_embeddings
+        context = min(settings.context or LONGEST_WINDOW, longest)
+        documents = [[*ids, encoder.eos_id] for ids in encoder.encode_texts(texts)]
+        windows = [(i, *window) for i, ids in enumerate(documents) for window in _windows(len(ids) - 1, context)]
+        windows.sort(key=lambda window: window[2] - window[1])  # neighbours pad each other least
+        nll = np.zeros(len(documents))
+        done, rows = 0, max(1, ROWS_TOKENS // context)
+        while done < len(windows):
+            chosen = windows[done : done + rows]
+            width = max(end - start for _, start, end, _ in chosen)
+            ids_BT = np.zeros((len(chosen), width), dtype=np.int64)
+            labels_BT = np.full((len(chosen), width), -100, dtype=np.int64)
+            for row, (i, start, end, first) in enumerate(chosen):
+                ids_BT[row, : end - start] = documents[i][start:end]
+                labels_BT[row, first - start : end - start] = documents[i][first + 1 : end + 1]
+            np.subtract.at(nll, [i for i, *_ in chosen], _log_probs(model, ids_BT, labels_BT).sum(1))
+            done += len(chosen)
+            if progress is not None:
+                progress(done, len(windows))
+        tokens = np.array([len(ids) - 1 for ids in documents])
+        first_bytes = [len(encoder.tokenizer.id_to_token(ids[0])) if len(ids) > 1 else 0 for ids in documents]
+        n_bytes = np.array([len(text.encode()) for text in texts]) - np.array(first_bytes)
+        result = TextCost(nll, tokens, n_bytes).result(self.name)
+        result.details["context"] = context
+        return result
+
+
+def _windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first scored) of the windows over the positions 0 … length - 1 of a document."""
+    start = scored = 0
+    while scored < length:
+        end = min(start + context, length)
+        yield start, end, scored
+        start, scored = start + max(1, context // 2), end
+
+
+def _read_texts(file: Path) -> list[str]:
+    from minigpt.dataset.lm_dataset import read_jsonl
+
+    if file.suffix.lower() in RECORD_ENDINGS:
+        return [record["text"] for record in read_jsonl(file, "pretrain")]
+    try:
+        return [file.read_text(encoding="utf-8-sig")]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error.reason}); save it as UTF-8") from None
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; give a text file or a folder of text files") from None
+
+
+@torch.no_grad()
+def _log_probs(
+    model: MiniGPT,
+    ids_BT: np.ndarray,
+    labels_BT: np.ndarray,
+    position_ids_BT: np.ndarray | None = None,
+    document_ids_BT: np.ndarray | None = None,
+) -> np.ndarray:
+    """log p of each label, float64 [B, T]; 0 where there is none. The model's mode is restored."""
+    device = model.model.embed_tokens.weight.device
+
+    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(device)
+
+    was_training = model.training
+    model.eval()
+    try:
+        output = model(
+            torch.from_numpy(ids_BT).to(device),
+            position_ids=tensor(position_ids_BT),
+            document_ids=tensor(document_ids_BT),
+            labels=tensor(labels_BT),
+            reduction="none",
+        )
+    finally:
+        model.train(was_training)
+    assert output.log_probs is not None
+    return output.log_probs.double().cpu().numpy()
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(x, 700.0))

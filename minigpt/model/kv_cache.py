@@ -42,6 +42,13 @@ class KVCache:
         self.v[layer].scatter_(2, index, v_BHSD)
         return self.k[layer], self.v[layer]
 
+    def rows(self, index_N: torch.Tensor) -> KVCache:
+        """A cache of its own with copies of the rows of these numbers (int64 [N]); a row may be taken several times."""
+        chosen = object.__new__(KVCache)
+        chosen.batch_size, chosen.max_length = len(index_N), self.max_length
+        chosen.k, chosen.v = [k[index_N] for k in self.k], [v[index_N] for v in self.v]
+        return chosen
+
     def bytes(self) -> int:
         """Memory held, in bytes."""
         return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))

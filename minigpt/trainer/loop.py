@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from .run import Run
 from .schedule import learning_rate
 from .setup import compile_wanted, compute_dtype, configure_torch, prepare_data, prepare_model
 from .stage import Batch, Stage, StageModule
+
+if TYPE_CHECKING:
+    from minigpt.evaluation.during_training import TrainingTasks
 
 
 def train(stage: Stage, options: TrainOptions) -> dict[str, Any]:
@@ -114,6 +117,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         options, run = self.options, self.run_folder
+        self.tasks = self._read_tasks()
         self.micro_batch = micro_batch_size(options, self.processes, self.data.seq_len)
         self.total_steps = total_steps(options, len(self.data))
         dtype = compute_dtype(options, self.processes.device)
@@ -146,6 +150,16 @@ class Trainer:
         finally:
             run.pause()
         return self._finish(self.progress.validation)
+
+    def _read_tasks(self) -> TrainingTasks | None:
+        """The tasks of `--eval_tasks`, read now so that a wrong path is found out before anything is trained."""
+        if self.options.eval_tasks is None:
+            return None
+        if not hasattr(self.network, "lm_head"):
+            raise UserError(f"--eval_tasks judge language models and {self.stage.name} trains no such; leave them out")
+        from minigpt.evaluation.during_training import TrainingTasks
+
+        return TrainingTasks(self.options.eval_tasks, self.options.eval_limit, self.data.folder, self.valid)
 
     def _resume(self) -> None:
         if self.options.resume == "never":
@@ -268,14 +282,25 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """The stage's judgement on the validation split."""
+        """The stage's judgement on the validation split, and the tasks of `--eval_tasks`."""
         self.progress.validated_step, self.progress.validation = self.progress.step, {}
-        if self.valid is None:
-            return
-        result = self.stage.validate(self)
+        result = self.stage.validate(self) if self.valid is not None else {}
         if result:
             self.progress.validation = result
             self.run_folder.log(self.progress.step, {"kind": "valid", **result, "tokens": self.progress.tokens})
+        if self.tasks is not None:
+            self._run_tasks(self.tasks)
+
+    def _run_tasks(self, tasks: TrainingTasks) -> None:
+        """Rank 0 judges a plain copy of the weights, the others wait; what is trained does not notice."""
+        weights = {name.removeprefix("model."): w for name, w in self.engine.master_weights().items()}
+        if self.processes.rank == 0:
+            device = self.processes.device
+            dtype = torch.float32 if device.type == "cpu" else self.engine.dtype
+            plain = self.stage.language_model(self.network, weights)
+            result = tasks.run(self.network.config, plain, device, dtype)
+            self.run_folder.log(self.progress.step, {"kind": "eval", **result, "tokens": self.progress.tokens})
+        self.engine.barrier()
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""

@@ -61,6 +61,8 @@ class TrainOptions:
         seed: Of initialisation and data order.
         eval_interval: Steps between two validations; 0: only at the end.
         eval_rows: At most this many rows of the validation split.
+        eval_tasks: Also run these tasks at each validation, NAME:PATH each, as `minigpt eval --tasks` takes them.
+        eval_limit: At most this many questions or texts of each task.
         save_interval: Steps between two checkpoints; 0: only at the end.
         keep_checkpoints: How many checkpoints are kept; older ones are deleted.
         resume: auto: go on from the newest good checkpoint in save_dir. never: ignore checkpoints.
@@ -107,6 +109,8 @@ class TrainOptions:
     seed: int = 0
     eval_interval: int = 0
     eval_rows: int = 64
+    eval_tasks: list[str] | None = None
+    eval_limit: int = 64
     save_interval: int = 0
     keep_checkpoints: int = 2
     resume: Literal["auto", "never"] = "auto"
@@ -120,7 +124,8 @@ class TrainOptions:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("global_batch_size", "seq_len", "eval_rows", "keep_checkpoints", "log_interval", "max_nan_steps")
+        counts = ("global_batch_size", "seq_len", "eval_rows", "eval_limit", "keep_checkpoints", "log_interval")
+        counts += ("max_nan_steps",)
         optional = ("max_steps", "micro_batch_size", *SHAPE)
         for name in (*counts, *(name for name in optional if getattr(self, name) is not None)):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 
 from minigpt.dataset.shards import PackedDataset
 from minigpt.errors import UserError
-from minigpt.observe.hardware import Peak, describe_hardware, package_version, peak_flops
+from minigpt.observe.hardware import Peak, describe_hardware, package_version, peak_flops, source_commit
 from minigpt.observe.metrics import RunLogger
 
 from .engine import Processes
@@ -29,8 +27,8 @@ OURS = ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", SUMMARY, "
 # Options that may differ when a run goes on: they change how fast or how far it runs, not what it computes.
 FREE_TO_CHANGE = {
     "save_dir", "data", "init", "resume", "overwrite", "threads", "log_interval", "tensorboard", "recipe",
-    "save_interval", "keep_checkpoints", "eval_interval", "eval_rows", "export_dtype", "micro_batch_size",
-    "max_steps", "epochs",
+    "save_interval", "keep_checkpoints", "eval_interval", "eval_rows", "eval_tasks", "eval_limit",
+    "export_dtype", "micro_batch_size", "max_steps", "epochs",
 }  # fmt: skip
 
 
@@ -186,7 +184,7 @@ class Run:
             "mfu_peak": self.peak.source,
             "hardware": describe_hardware(),
             "versions": {name: package_version(name) for name in PACKAGES},
-            "commit": _commit(),
+            "commit": source_commit(),
         }
         if not self.first:
             return summary
@@ -207,19 +205,3 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def _commit() -> str | None:
-    """The git commit of the source tree, when it is one."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

@@ -133,6 +133,15 @@ class Stage:
             result["valid_bits_per_byte"] = loss / math.log(2) / byte_count
         return result
 
+    def language_model(self, network: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state dict of the plain model that the trained weights make: what is sampled from, and exported.
+
+        Args:
+            network: What is trained; only its shape is used.
+            weights: The float32 masters by name.
+        """
+        return weights
+
     def write_weights(
         self,
         folder: Path,
