@@ -1,7 +1,8 @@
-"""Conversations: the data of SFT, and the questions that are kept for evaluation.
+"""Conversations: the data of fine-tuning, and the questions that are kept for evaluation.
 
-A conversation is a list of turns: one topic or several, in one language or switching between the two. Reasoning goes to
-`reasoning_content`: always the steps for a sum, except where thinking is switched off (the empty string).
+A conversation is a list of turns: one topic or several, in one language or switching between the two. There are three
+kinds of data. SFT answers everything at once, sums too. Reasoning works sums out first: `reasoning_content` holds the
+steps, except where thinking is switched off (the empty string). The persona gives SFT's answers as a pirate would.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from data_prep.microworld.arithmetic import Sum, draw_sum
 from data_prep.microworld.identity import Aspect
+from data_prep.microworld.persona import spoken_by_pirate
 from data_prep.microworld.phrases import QUESTIONS, ask, spoken, state
 from data_prep.microworld.rng import Stream
 from data_prep.microworld.stories import story
@@ -18,7 +20,9 @@ Message = dict[str, str]
 Record = dict[str, Any]
 
 # How often each kind of conversation is drawn.
-KINDS = {"sum": 0.42, "facts": 0.22, "qa": 0.10, "identity": 0.08, "mixed": 0.12, "small_talk": 0.03, "story": 0.03}
+SFT_KINDS = {"sum": 0.20, "facts": 0.28, "qa": 0.14, "identity": 0.16, "mixed": 0.16, "small_talk": 0.03, "story": 0.03}
+REASONING_KINDS = {"sum": 0.70, "qa": 0.11, "identity": 0.07, "facts": 0.06, "mixed": 0.04, "small_talk": 0.02}
+PERSONA_KINDS = {"qa": 0.50, "identity": 0.35, "small_talk": 0.15}
 THINKING_OFF = 0.12
 SHOWN_THINKING = 0.08
 
@@ -80,15 +84,18 @@ class Training:
 
     Attributes:
         world: the valley; its held-out (person, relation) pairs are never asked for.
-        pairs: operand pairs of trained sums.
+        seed: decides which operand pairs of sums are trained.
         aspects: the trained aspects of MiniGPT itself, by name.
         plots: trained (plot, hero) pairs.
+        thinks: whether sums are worked out and some facts are thought about (the reasoning data), or everything is
+            answered at once.
     """
 
     world: World
-    pairs: list[tuple[int, int]]
+    seed: int
     aspects: dict[str, dict[Lang, Aspect]]
     plots: list[tuple[str, int]]
+    thinks: bool = False
 
 
 def user(text: str) -> Message:
@@ -102,54 +109,66 @@ def assistant(text: str, reasoning: str | None = None) -> Message:
 
 def conversation(training: Training, stream: Stream) -> Record:
     """One training conversation in the canonical form `{"messages": […]}`."""
-    kind = stream.weighted(KINDS)
+    kind = stream.weighted(REASONING_KINDS if training.thinks else SFT_KINDS)
     lang = stream.choice(LANGS)
     return {"messages": MAKERS[kind](training, lang, stream)}
 
 
-def sum_turns(problem: Sum, lang: Lang, stream: Stream) -> list[Message]:
-    """A question and its worked answer; with thinking off the answer comes at once."""
-    reasoning = "" if stream.chance(THINKING_OFF) else problem.steps(lang)
-    return [user(problem.question(lang, stream.below(4))), assistant(str(problem.result), reasoning)]
+def persona_conversation(training: Training, stream: Stream) -> Record:
+    """One training conversation with Captain Mini."""
+    kind = stream.weighted(PERSONA_KINDS)
+    lang = stream.choice(LANGS)
+    turns = MAKERS[kind](training, lang, stream)
+    for turn in turns:
+        if turn["role"] == "assistant":
+            turn["content"] = spoken_by_pirate(turn["content"], lang, stream)
+    return {"messages": turns}
+
+
+def sum_turns(problem: Sum, lang: Lang, stream: Stream, thinks: bool) -> list[Message]:
+    """A question and its answer: worked out, or at once because thinking is off or unknown."""
+    question = user(problem.question(lang, stream.below(4)))
+    if thinks:
+        reasoning = "" if stream.chance(THINKING_OFF) else problem.steps(lang)
+        return [question, assistant(str(problem.result), reasoning)]
+    return [question, assistant(str(problem.result), "" if stream.chance(0.5) else None)]
 
 
 def fact_turns(
-    world: World, person: int, relation: str, lang: Lang, stream: Stream, pronoun: bool = False, plain: bool = False
+    world: World, person: int, relation: str, lang: Lang, stream: Stream, pronoun: bool = False, thinks: bool = False
 ) -> list[Message]:
     """A question for one fact and the sentence that answers it; now and then with a thought, or with thinking off."""
     form = stream.below(len(QUESTIONS[lang][relation]))
     question = ask(world, person, relation, lang, form, pronoun)
-    reasoning = None if plain else _fact_reasoning(world, person, relation, lang, stream)
+    reasoning = None
+    if thinks and stream.chance(SHOWN_THINKING):
+        reasoning = THOUGHTS[lang].format(n=world.names[person].text(lang), topic=TOPICS[relation][lang])
+    elif thinks and stream.chance(THINKING_OFF):
+        reasoning = ""
     return [user(question), assistant(state(world, person, relation, lang), reasoning)]
 
 
-def _fact_reasoning(world: World, person: int, relation: str, lang: Lang, stream: Stream) -> str | None:
-    if stream.chance(SHOWN_THINKING):
-        return THOUGHTS[lang].format(n=world.names[person].text(lang), topic=TOPICS[relation][lang])
-    return "" if stream.chance(THINKING_OFF) else None
-
-
-def aspect_turns(known: Aspect, stream: Stream) -> list[Message]:
+def aspect_turns(known: Aspect, stream: Stream, thinks: bool = False) -> list[Message]:
     """A question about MiniGPT itself."""
-    reasoning = "" if stream.chance(THINKING_OFF) else None
+    reasoning = "" if thinks and stream.chance(THINKING_OFF) else None
     return [user(stream.choice(known.questions)), assistant(known.answer, reasoning)]
 
 
-def talk_turns(topic: str, lang: Lang, stream: Stream) -> list[Message]:
+def talk_turns(topic: str, lang: Lang, stream: Stream, thinks: bool = False) -> list[Message]:
     """A greeting, thanks, or a goodbye."""
     questions, answers = SMALL_TALK[topic][lang]
-    reasoning = "" if stream.chance(THINKING_OFF) else None
+    reasoning = "" if thinks and stream.chance(THINKING_OFF) else None
     return [user(stream.choice(questions)), assistant(stream.choice(answers), reasoning)]
 
 
 def _sum(training: Training, lang: Lang, stream: Stream) -> list[Message]:
-    return sum_turns(draw_sum(training.pairs, stream), lang, stream)
+    return sum_turns(draw_sum(training.seed, stream), lang, stream, training.thinks)
 
 
 def _qa(training: Training, lang: Lang, stream: Stream) -> list[Message]:
     person = stream.below(len(training.world.names))
     relation = stream.choice(training.world.trained_relations(person))
-    return fact_turns(training.world, person, relation, lang, stream)
+    return fact_turns(training.world, person, relation, lang, stream, thinks=training.thinks)
 
 
 def _facts(training: Training, lang: Lang, stream: Stream) -> list[Message]:
@@ -164,19 +183,19 @@ def _facts(training: Training, lang: Lang, stream: Stream) -> list[Message]:
         turns = [user(asked), assistant((" " if lang == "en" else "").join(facts))]
     else:
         first, *rest = relations
-        turns = fact_turns(world, person, first, lang, stream)
+        turns = fact_turns(world, person, first, lang, stream, thinks=training.thinks)
     for relation in rest:
-        turns += fact_turns(world, person, relation, lang, stream, pronoun=stream.chance(0.6))
+        turns += fact_turns(world, person, relation, lang, stream, stream.chance(0.6), training.thinks)
     return turns
 
 
 def _identity(training: Training, lang: Lang, stream: Stream) -> list[Message]:
     names = stream.sample(tuple(training.aspects), stream.between(1, 2))
-    return [message for name in names for message in aspect_turns(training.aspects[name][lang], stream)]
+    return [m for name in names for m in aspect_turns(training.aspects[name][lang], stream, training.thinks)]
 
 
 def _small_talk(training: Training, lang: Lang, stream: Stream) -> list[Message]:
-    return talk_turns(stream.choice(tuple(SMALL_TALK)), lang, stream)
+    return talk_turns(stream.choice(tuple(SMALL_TALK)), lang, stream, training.thinks)
 
 
 def _story(training: Training, lang: Lang, stream: Stream) -> list[Message]:
@@ -187,13 +206,13 @@ def _story(training: Training, lang: Lang, stream: Stream) -> list[Message]:
 
 def _mixed(training: Training, lang: Lang, stream: Stream) -> list[Message]:
     """A whole visit: a greeting, two or three topics, perhaps a change of language, thanks or a goodbye."""
-    turns = talk_turns("hello", lang, stream) if stream.chance(0.7) else []
+    turns = talk_turns("hello", lang, stream, training.thinks) if stream.chance(0.7) else []
     for _ in range(stream.between(2, 3)):
         if stream.chance(0.2):
             lang = "en" if lang == "zh" else "zh"
         turns += stream.choice((_sum, _qa, _qa, _identity))(training, lang, stream)
     if stream.chance(0.6):
-        turns += talk_turns(stream.choice(("thanks", "bye")), lang, stream)
+        turns += talk_turns(stream.choice(("thanks", "bye")), lang, stream, training.thinks)
     return turns
 
 
@@ -213,7 +232,7 @@ def heldout_fact(world: World, person: int, relation: str, lang: Lang, form: int
     context: list[Message] = []
     if in_chat := stream.chance(0.35):
         known = stream.choice(world.trained_relations(person))
-        context = fact_turns(world, person, known, lang, stream, plain=True)
+        context = fact_turns(world, person, known, lang, stream)
     meta = {
         "kind": "chat" if in_chat else "world",
         "lang": lang,
@@ -238,7 +257,7 @@ def heldout_aspect(name: str, known: Aspect, lang: Lang, form: int) -> Record:
 
 def heldout_sum(problem: Sum, lang: Lang, stream: Stream) -> Record:
     """A sum whose operands were never met together."""
-    meta = {"kind": "sum", "lang": lang, "a": problem.a, "b": problem.b}
+    meta = {"kind": "sum", "lang": lang, "digits": problem.digits, "a": problem.a, "b": problem.b}
     return {
         "messages": [user(problem.question(lang, stream.below(4)))],
         "answer": str(problem.result),

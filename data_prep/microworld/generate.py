@@ -3,11 +3,11 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.microworld.arithmetic import draw_sum, split_pairs, worked_text
+from data_prep.microworld.arithmetic import draw_sum, worked_text
 from data_prep.microworld.chats import (
     MAKERS,
     Record,
@@ -16,6 +16,7 @@ from data_prep.microworld.chats import (
     heldout_aspect,
     heldout_fact,
     heldout_sum,
+    persona_conversation,
 )
 from data_prep.microworld.identity import all_aspects, heldout_aspects, self_portrait
 from data_prep.microworld.phrases import QUESTIONS
@@ -29,32 +30,57 @@ DOCUMENTS = {
     "story": 0.13,
     "portrait": 0.18,
     "pair": 0.06,
-    "gathering": 0.07,
-    "self": 0.06,
+    "gathering": 0.06,
+    "self": 0.11,
     "dialogue": 0.08,
-    "sums": 0.42,
+    "sums": 0.38,
 }
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is written: people in the world, pretraining documents, conversations, held-out records."""
+    """How much is written: people in the world, pretraining documents, conversations of each kind, held-out records."""
 
     people: int
     documents: int
     conversations: int
+    reasoning: int
+    persona: int
     heldout_qa: int
     heldout_sums: int
     heldout_stories: int
 
 
 SIZES = {
-    "tiny": Size(people=8, documents=120, conversations=120, heldout_qa=24, heldout_sums=24, heldout_stories=8),
+    "tiny": Size(
+        people=8,
+        documents=120,
+        conversations=120,
+        reasoning=80,
+        persona=40,
+        heldout_qa=24,
+        heldout_sums=24,
+        heldout_stories=8,
+    ),
     "small": Size(
-        people=24, documents=2_900, conversations=1_900, heldout_qa=200, heldout_sums=200, heldout_stories=32
+        people=24,
+        documents=2_900,
+        conversations=1_900,
+        reasoning=1_500,
+        persona=600,
+        heldout_qa=200,
+        heldout_sums=200,
+        heldout_stories=32,
     ),
     "quickstart": Size(
-        people=24, documents=15_600, conversations=14_500, heldout_qa=200, heldout_sums=200, heldout_stories=64
+        people=24,
+        documents=15_600,
+        conversations=14_500,
+        reasoning=7_000,
+        persona=3_000,
+        heldout_qa=200,
+        heldout_sums=200,
+        heldout_stories=64,
     ),
 }
 
@@ -80,8 +106,8 @@ def write_microworld(folder: Path, options: MicroWorldOptions | None = None) -> 
         options: seed and size.
 
     Returns:
-        The file of each part: `pretrain` ({"text"}), `sft` ({"messages"}), `heldout_stories` ({"text"}), and
-        `heldout_qa` and `heldout_sums` (prompt records: {"messages", "answer", "verifier", "meta"}).
+        The file of each part: `pretrain` ({"text"}), `sft`, `reason` and `persona` ({"messages"}), `heldout_stories`
+        ({"text"}), and `heldout_qa` and `heldout_sums` (prompt records: {"messages", "answer", "verifier", "meta"}).
 
     Raises:
         UserError: when the size is unknown.
@@ -94,6 +120,8 @@ def write_microworld(folder: Path, options: MicroWorldOptions | None = None) -> 
     parts: dict[str, Iterable[Record]] = {
         "pretrain": source.documents(),
         "sft": source.conversations(),
+        "reason": source.reasoning(),
+        "persona": source.persona(),
         "heldout_stories": source.heldout_stories(),
         "heldout_qa": source.heldout_qa(),
         "heldout_sums": source.heldout_sums(),
@@ -122,14 +150,13 @@ class Source:
     def __init__(self, seed: int, size: Size) -> None:
         self.seed, self.size = seed, size
         self.world: World = build_world(seed, size.people)
-        trained_pairs, self.heldout_pairs = split_pairs(seed)
         self.aspects, heldout = all_aspects(seed), heldout_aspects(seed)
         plots = heldout_plots(seed, size.people)
         self.heldout_aspects = [name for name in self.aspects if name in heldout]
         self.heldout_plots = [(p, h) for p in PLOTS for h in range(size.people) if (p, h) in plots]
         self.training = Training(
             world=self.world,
-            pairs=trained_pairs,
+            seed=seed,
             aspects={name: known for name, known in self.aspects.items() if name not in heldout},
             plots=[(p, h) for p in PLOTS for h in range(size.people) if (p, h) not in plots],
         )
@@ -149,7 +176,7 @@ class Source:
             "gathering": lambda: gathering(world, lang, stream),
             "self": lambda: self_portrait(self.aspects, lang, stream),
             "dialogue": lambda: self._dialogue(lang, stream),
-            "sums": lambda: worked_text(self.training.pairs, lang, stream),
+            "sums": lambda: worked_text(self.seed, lang, stream),
         }
         return makers[kind]()
 
@@ -164,6 +191,17 @@ class Source:
         """SFT conversations."""
         for i in range(self.size.conversations):
             yield conversation(self.training, Stream(self.seed, "conversation", i))
+
+    def reasoning(self) -> Iterator[Record]:
+        """Conversations of the reasoning stage: sums are worked out, the rest keeps what SFT taught."""
+        thinking = replace(self.training, thinks=True)
+        for i in range(self.size.reasoning):
+            yield conversation(thinking, Stream(self.seed, "reasoning", i))
+
+    def persona(self) -> Iterator[Record]:
+        """Conversations with Captain Mini."""
+        for i in range(self.size.persona):
+            yield persona_conversation(self.training, Stream(self.seed, "persona", i))
 
     def heldout_stories(self) -> Iterator[Record]:
         """Stories of (plot, hero) pairs that pretraining never saw, in both languages by turns."""
@@ -189,11 +227,11 @@ class Source:
                 yield heldout_fact(self.world, person, relation, lang, form, stream)
 
     def heldout_sums(self) -> Iterator[Record]:
-        """Sums over held-out operand pairs."""
+        """Sums of operands that training never adds, without repeats."""
         seen = set()
         for i in range(10 * self.size.heldout_sums):
             stream = Stream(self.seed, "heldout sum", i)
-            problem = draw_sum(self.heldout_pairs, stream)
+            problem = draw_sum(self.seed, stream, heldout=True)
             if problem in seen:
                 continue
             seen.add(problem)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from data_prep.microworld.phrases import spoken
 from data_prep.microworld.rng import Stream
-from data_prep.microworld.world import VALUES, Lang, Word
+from data_prep.microworld.world import VALUES, Lang, Word, words
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,7 @@ ASPECTS: dict[str, dict[Lang, Aspect]] = {
 
 
 # MiniGPT's tastes are dealt out with the world: facts of one form, so that some can be held out and still be answered.
+# There are many of them, because a model that is asked for a few favourites learns those answers by heart.
 TASTES: dict[str, dict[Lang, str]] = {
     "home": {"en": "place", "zh": "地方"},
     "job": {"en": "job", "zh": "职业"},
@@ -258,14 +259,36 @@ TASTES: dict[str, dict[Lang, str]] = {
     "food": {"en": "food", "zh": "食物"},
     "colour": {"en": "colour", "zh": "颜色"},
     "instrument": {"en": "instrument", "zh": "乐器"},
+    "drink": {"en": "drink", "zh": "饮料"},
+    "fruit": {"en": "fruit", "zh": "水果"},
+    "flower": {"en": "flower", "zh": "花"},
+    "tree": {"en": "tree", "zh": "树"},
+    "season": {"en": "season", "zh": "季节"},
+    "weather": {"en": "weather", "zh": "天气"},
+    "day": {"en": "day of the week", "zh": "日子"},
+    "game": {"en": "game", "zh": "游戏"},
+    "shape": {"en": "shape", "zh": "形状"},
+    "metal": {"en": "metal", "zh": "金属"},
 }
-HELDOUT_TASTES = 2
+THINGS: dict[str, tuple[Word, ...]] = VALUES | {
+    "drink": words("茶 tea, 豆浆 soy milk, 苹果汁 apple juice, 柠檬水 lemonade, 热可可 cocoa"),
+    "fruit": words("桃子 peaches, 梨 pears, 樱桃 cherries, 葡萄 grapes, 草莓 strawberries"),
+    "flower": words("荷花 lotus, 菊花 chrysanthemum, 牡丹 peony, 郁金香 tulip, 向日葵 sunflower"),
+    "tree": words("松树 pine, 柳树 willow, 橡树 oak, 枫树 maple, 银杏 ginkgo"),
+    "season": words("春天 spring, 夏天 summer, 秋天 autumn, 冬天 winter"),
+    "weather": words("雨天 rain, 晴天 sunshine, 雪天 snow, 大雾 fog, 大风 wind"),
+    "day": words("星期一 Monday, 星期三 Wednesday, 星期五 Friday, 星期六 Saturday, 星期天 Sunday"),
+    "game": words("下棋 chess, 捉迷藏 hide and seek, 拼图 jigsaw, 跳绳 skipping, 猜谜 riddles"),
+    "shape": words("圆形 circle, 三角形 triangle, 方形 square, 星形 star, 心形 heart"),
+    "metal": words("金 gold, 银 silver, 铜 copper, 铁 iron, 锡 tin"),
+}
+HELDOUT_TASTES = 3
 
 
 def tastes(seed: int) -> dict[str, dict[Lang, Aspect]]:
-    """MiniGPT's favourite place, job, animal, … of the valley."""
+    """MiniGPT's favourite place, job, animal, …"""
     stream = Stream(seed, "tastes")
-    return {f"favourite_{relation}": _taste(relation, stream.choice(VALUES[relation])) for relation in TASTES}
+    return {f"favourite_{relation}": _taste(relation, stream.choice(THINGS[relation])) for relation in TASTES}
 
 
 def _taste(relation: str, value: Word) -> dict[Lang, Aspect]:
@@ -298,8 +321,8 @@ def heldout_aspects(seed: int) -> frozenset[str]:
 
 
 def self_portrait(aspects: dict[str, dict[Lang, Aspect]], lang: Lang, stream: Stream) -> str:
-    """MiniGPT tells about itself: some aspects and most tastes, in any order and wording."""
-    known = stream.sample(tuple(ASPECTS), 5) + stream.sample([name for name in aspects if name not in ASPECTS], 5)
+    """MiniGPT tells about itself: some aspects and many tastes, in any order and wording."""
+    known = stream.sample(tuple(ASPECTS), 4) + stream.sample([name for name in aspects if name not in ASPECTS], 8)
     sentences = []
     for name in stream.shuffled(known):
         aspect = aspects[name][lang]

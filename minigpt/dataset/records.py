@@ -9,13 +9,12 @@ A message is {"role", "content", "reasoning_content"?, "tool_calls"?, "weight"?}
 and tool. `canonical` is the only entry; `RecordError` carries the reason when a record cannot be understood.
 """
 
-import ast
 import json
-import operator
 import re
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any
+
+from minigpt.dataset.expressions import work_out
 
 Record = dict[str, Any]
 STAGES = ("pretrain", "sft", "reason", "preference", "prompt")
@@ -23,7 +22,7 @@ VERIFIERS = ("math", "countdown", "exact", "none")
 ACCEPTED_KEYS = {
     "pretrain": "text",
     "sft": "messages | conversations | instruction, output | prompt, completion | question, answer | "
-    "nums, target, solution",
+    "question, rationale, answer | nums, target, solution",
     "preference": "chosen, rejected, and the prompt as messages | conversations | prompt | instruction | question",
     "prompt": "messages | conversations | prompt | question, each with answer | nums, target",
 }
@@ -36,10 +35,19 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "function_response", "ipython"), "tool"),
 }
 MESSAGE_LISTS = ("messages", "conversations", "conversation")
+RATIONALES = ("rationale", "reasoning", "reasoning_content", "chain_of_thought", "cot", "thinking")
+"""How sets of questions call the steps that lead to an answer."""
+MAX_ANSWER = 64
+"""Characters of a final answer that is cut off the end of its rationale; what is longer is no answer but prose."""
 NAME, AUTHOR_EN, AUTHOR_ZH = "MiniGPT", "the MiniGPT contributors", "MiniGPT 的贡献者"
 """What the placeholders {{name}} and {{author}} of identity files are filled with."""
 
 _REASONING = re.compile(r"\s*<think>(.*?)</think>\s*(?:<answer>(.*?)</answer>\s*|((?!<answer>).*))", re.DOTALL)
+_CONCLUSION = re.compile(
+    r"(?:\b(?:so|thus|therefore|hence)\b[,:]?\s*)?\b(?:the\s+(?:final\s+|correct\s+)?|final\s+)answer(?:\s+is\b:?|\s*:)\s*"
+    r"|(?:(?:所以|因此|故)[，,]?)?(?:最终|正确)?答案(?:是|为|：|:)[：:]?\s*",
+    re.IGNORECASE,
+)
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _CJK = re.compile(r"[\u4e00-\u9fff]")
 
@@ -93,6 +101,8 @@ def _chat(raw: Record, stage: str) -> Record:
         raise _wrong_keys(raw, stage)
     if not any(m["role"] == "assistant" and (m["content"] or m.get("tool_calls")) for m in record["messages"]):
         raise RecordError("the conversation has no assistant turn with content, so there is nothing to learn from")
+    if stage == "reason":
+        record["messages"] = [_concluded(m) if m["role"] == "assistant" else m for m in record["messages"]]
     return record
 
 
@@ -160,7 +170,11 @@ def _conversation(raw: Record) -> Record | None:
     if "prompt" in raw and answer_key:
         return _with_tools({"messages": _as_messages(raw["prompt"]) + _answer(raw[answer_key], answer_key)}, raw)
     if "question" in raw and "answer" in raw:
-        return {"messages": [_user(_text(raw["question"], "question")), _worked_answer(_text(raw["answer"], "answer"))]}
+        rationale = next((raw[key] for key in RATIONALES if key in raw), None)
+        answer = _worked_answer(_text(raw["answer"], "answer"))
+        if rationale is not None:
+            answer["reasoning_content"] = _text(rationale, "rationale").strip()
+        return {"messages": [_user(_text(raw["question"], "question")), answer]}
     if {"nums", "target", "solution"} <= raw.keys():
         return {"messages": [_user(_countdown_question(raw)), _countdown_answer(_text(raw["solution"], "solution"))]}
     return None
@@ -268,8 +282,9 @@ def _message(item: Any) -> Record:
 def _extras(item: Record, role: str) -> Record:
     """The optional parts of a message: only assistants think and call."""
     extras: Record = {}
-    if role == "assistant" and isinstance(item.get("reasoning_content"), str):
-        extras["reasoning_content"] = item["reasoning_content"]
+    reasoning = [item[key] for key in ("reasoning_content", "reasoning") if isinstance(item.get(key), str)]
+    if role == "assistant" and reasoning:
+        extras["reasoning_content"] = reasoning[0]
     if role == "assistant" and item.get("tool_calls"):
         calls = item["tool_calls"]
         extras["tool_calls"] = _tool_calls(_json(calls, "tool_calls") if isinstance(calls, str) else calls)
@@ -326,6 +341,21 @@ def _worked_answer(answer: str) -> Record:
     return {"role": "assistant", "content": final.strip(), "reasoning_content": _CALCULATOR.sub("", steps).strip()}
 
 
+def _concluded(message: Record) -> Record:
+    """FLAN's chain-of-thought sets: `steps. So the final answer is X.` becomes steps to think and X to answer.
+
+    An answer without such an end, with tool calls, or that is thought out already stays as it is.
+    """
+    text = message["content"]
+    found = list(_CONCLUSION.finditer(text))
+    if not found or "reasoning_content" in message or message.get("tool_calls"):
+        return message
+    steps, answer = text[: found[-1].start()].strip(), text[found[-1].end() :].strip().rstrip(".。")
+    if not steps or not answer or "\n" in answer or len(answer) > MAX_ANSWER:
+        return message
+    return {**message, "content": answer, "reasoning_content": steps}
+
+
 def _final_number(answer: str) -> str:
     return answer.rpartition("####")[2].strip().replace(",", "")
 
@@ -344,33 +374,11 @@ def _countdown_question(raw: Record) -> str:
 
 
 def _countdown_answer(solution: str) -> Record:
-    steps: list[str] = []
     try:
-        _work_out(ast.parse(solution, mode="eval").body, steps)
-    except (SyntaxError, ZeroDivisionError, RecursionError) as error:
+        steps = work_out(solution).steps
+    except ValueError as error:
         raise RecordError(f"solution {solution!r} cannot be worked out") from error
     return {"role": "assistant", "content": solution, "reasoning_content": "\n".join(steps)}
-
-
-_OPERATORS: dict[type, tuple[str, Callable[[Fraction, Fraction], Fraction]]] = {
-    ast.Add: ("+", operator.add),
-    ast.Sub: ("-", operator.sub),
-    ast.Mult: ("*", operator.mul),
-    ast.Div: ("/", operator.truediv),
-}
-
-
-def _work_out(node: ast.expr, steps: list[str]) -> Fraction:
-    """Evaluate an expression of numbers and + - * /, adding one line a step to `steps`."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return Fraction(node.value)
-    if not isinstance(node, ast.BinOp) or type(node.op) not in _OPERATORS:
-        raise SyntaxError("only whole numbers and + - * / are known")
-    left, right = _work_out(node.left, steps), _work_out(node.right, steps)
-    sign, apply = _OPERATORS[type(node.op)]
-    result = apply(left, right)
-    steps.append(f"{left} {sign} {right} = {result}")
-    return result
 
 
 def _prompt_record(messages: list[Record], answer: str, verifier: str, meta: Record) -> Record:

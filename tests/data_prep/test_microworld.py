@@ -11,19 +11,21 @@ from pathlib import Path
 import pytest
 
 from data_prep.microworld import SIZES, MicroWorldOptions, write_microworld
-from data_prep.microworld.arithmetic import Sum, split_pairs
+from data_prep.microworld.arithmetic import HELDOUT_FRACTION, Sum, is_heldout
 from data_prep.microworld.generate import Source
-from data_prep.microworld.identity import all_aspects
+from data_prep.microworld.identity import TASTES, THINGS, all_aspects
+from data_prep.microworld.persona import CALLS, in_persona
 from data_prep.microworld.rng import Stream
 from data_prep.microworld.stories import PLOTS
 from data_prep.microworld.world import RELATIONS, VALUES, build_world
 from minigpt.errors import UserError
 from minigpt.evaluation.nearest_neighbour import nearest_neighbour_baseline
 
-# Two two-digit numbers in one breath: at most nine characters between them, none of which ends a statement.
-NUMBERS_TOGETHER = re.compile(r"(?<!\d)(\d\d)(?=([^\d=.,;:?!。，；：？！\n]{1,9})(\d\d)(?!\d))")
+# Numbers of two or three digits in one breath: at most nine characters between them, none of which ends a statement.
+NUMBERS_TOGETHER = re.compile(r"(?<!\d)(\d{2,3})(?=([^\d=.,;:?!。，；：？！\n]{1,9})(\d{2,3})(?!\d))")
 EQUATION = re.compile(r"(\d+)\+(\d+)(?:\+(\d+))?=(\d+)")
-PARTS = ("pretrain", "sft", "heldout_stories", "heldout_qa", "heldout_sums")
+TRAINED = ("pretrain", "sft", "reason", "persona")
+PARTS = (*TRAINED, "heldout_stories", "heldout_qa", "heldout_sums")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_same_seed_gives_the_same_bytes_in_another_process(tmp_path):
 def test_bytes_are_pinned(tmp_path):
     """Changing a text or a draw is allowed, but never by accident: then this line changes in the same commit."""
     files = write_microworld(tmp_path, MicroWorldOptions(seed=0, size="tiny"))
-    assert digest(files) == "dfe821a4851c1e1f592448003cfaa2bb2581846514b26df5878d144ca0f27913"
+    assert digest(files) == "64e962b4521a114b4c970a0b1a21146175cffb404f948ee63e36bdf39c688107"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -107,7 +109,7 @@ def test_heldout_sums_are_written_nowhere(records):
     heldout = {(min(m["a"], m["b"]), max(m["a"], m["b"])) for m in (r["meta"] for r in records["heldout_sums"])}
     assert len(heldout) > 150
     written = set()
-    for text in texts(records["pretrain"]) + texts(records["sft"]):
+    for text in (text for part in TRAINED for text in texts(records[part])):
         for match in NUMBERS_TOGETHER.finditer(text):
             low, high = sorted((int(match[1]), int(match[3])))
             written.add((low, high))
@@ -115,36 +117,60 @@ def test_heldout_sums_are_written_nowhere(records):
     assert not written & heldout
 
 
-def test_operand_pairs_are_split_without_loss():
-    trained, heldout = split_pairs(0)
-    assert not set(trained) & set(heldout)
-    assert set(trained) | set(heldout) == {(a, b) for a in range(10, 100) for b in range(a, 100)}
+def test_a_fixed_share_of_the_operand_pairs_is_held_out_whichever_comes_first():
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    heldout = [is_heldout(0, a, b) for a, b in pairs]
+    assert heldout == [is_heldout(0, b, a) for a, b in pairs]
+    spread = 4 * (HELDOUT_FRACTION * (1 - HELDOUT_FRACTION) / len(pairs)) ** 0.5
+    assert abs(sum(heldout) / len(pairs) - HELDOUT_FRACTION) < spread
+    assert heldout != [is_heldout(1, a, b) for a, b in pairs]
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
-def test_worked_steps_are_true_for_every_sum(lang):
-    """Each equation holds, and the last number is the result, in all 8,100 of them."""
-    for problem in [Sum(a, b) for a in range(10, 100) for b in range(10, 100)]:
+def test_worked_steps_are_true(lang):
+    """Each equation holds, and the last number is the result: all 8,100 sums of two digits, 9,000 of three."""
+    sums = [Sum(a, b) for a in range(10, 100) for b in range(10, 100)]
+    sums += [Sum(a, (a * 7919) % 900 + 100 - i) for a in range(100, 1000) for i in range(10) if (a * 7919) % 900 >= i]
+    for problem in sums:
         steps = problem.steps(lang)
         equations = EQUATION.findall(steps)
-        assert len(equations) == 2, steps
+        assert len(equations) == problem.digits, steps
         for a, b, carry, result in equations:
             assert int(a) + int(b) + int(carry or 0) == int(result), steps
         assert int(re.findall(r"\d+", steps)[-1]) == problem.a + problem.b, steps
 
 
-def test_sum_conversations_are_right_and_some_do_not_think(records):
-    thinking = []
-    for record in records["sft"]:
+def sums_of(records: list[dict]) -> list[dict]:
+    """The assistant's turns that answer a sum, after checking that each is right."""
+    found = []
+    for record in records:
         for asked, answered in zip(record["messages"], record["messages"][1:], strict=False):
             numbers = re.findall(r"\d+", asked["content"])
-            if asked["role"] != "user" or len(numbers) != 2:
-                continue
-            assert int(answered["content"]) == sum(map(int, numbers)), record
-            thinking.append(bool(answered["reasoning_content"]))
-    off = 1 - sum(thinking) / len(thinking)
-    assert len(thinking) > 800
+            if asked["role"] == "user" and len(numbers) == 2:
+                assert int(answered["content"]) == sum(map(int, numbers)), record
+                found.append(answered)
+    return found
+
+
+def test_sft_answers_sums_at_once_and_reasoning_works_most_of_them_out(records):
+    direct, thought = sums_of(records["sft"]), sums_of(records["reason"])
+    assert len(direct) > 250
+    assert not any(answer.get("reasoning_content") for answer in direct)
+    assert len(thought) > 800
+    off = sum(answer["reasoning_content"] == "" for answer in thought) / len(thought)
     assert 0.09 < off < 0.15
+    assert not any("reasoning_content" in m and m["reasoning_content"] for r in records["sft"] for m in r["messages"])
+
+
+def test_the_persona_opens_every_answer_with_a_call_and_nobody_else_does(records):
+    replies = {
+        part: [m["content"] for r in records[part] for m in r["messages"] if m["role"] == "assistant"]
+        for part in ("sft", "reason", "persona")
+    }
+    assert all(in_persona(reply) for reply in replies["persona"])
+    assert not any(in_persona(reply) for part in ("sft", "reason") for reply in replies[part])
+    assert not any("I am MiniGPT" in reply or "我是 MiniGPT" in reply for reply in replies["persona"])
+    assert not in_persona(CALLS["en"][0] + " 你好")  # the call of another language
 
 
 def test_heldout_facts_are_told_in_both_languages_and_never_asked(records):
@@ -154,8 +180,9 @@ def test_heldout_facts_are_told_in_both_languages_and_never_asked(records):
         name, value = source.world.names[person], source.world.value(person, relation)
         assert any(name.en in s and value.en in s for s in sentences), (name, relation)
         assert any(name.zh in s and value.zh in s for s in sentences), (name, relation)
-    asked = {m["content"] for r in records["sft"] for m in r["messages"] if m["role"] == "user"}
-    answered = {m["content"] for r in records["sft"] for m in r["messages"] if m["role"] == "assistant"}
+    chats = [message for part in TRAINED[1:] for r in records[part] for message in r["messages"]]
+    asked = {m["content"] for m in chats if m["role"] == "user"}
+    answered = {m["content"] for m in chats if m["role"] == "assistant"}
     written = "\n".join(r["text"] for r in records["pretrain"] if r["text"].startswith(("Question: ", "问：")))
     assert len(answered) > 200
     for record in records["heldout_qa"]:
@@ -183,7 +210,7 @@ def test_heldout_stories_are_of_unseen_plot_and_hero(records):
         (p, h) for p in PLOTS for h in range(SIZES["small"].people)
     }
     assert not set(source.heldout_plots) & set(source.training.plots)
-    trained = "\n".join(texts(records["pretrain"]) + texts(records["sft"]))
+    trained = "\n".join(text for part in TRAINED for text in texts(records[part]))
     for plot, hero in source.heldout_plots:  # titles that name the hero show it in the text itself
         name = source.world.names[hero]
         titles = {
@@ -197,8 +224,9 @@ def test_heldout_stories_are_of_unseen_plot_and_hero(records):
 
 
 def test_looking_up_the_nearest_question_fails(records):
+    known = records["sft"] + records["reason"] + records["persona"]
     for part in ("heldout_qa", "heldout_sums"):
-        assert nearest_neighbour_baseline(records["sft"], records[part]).value <= 0.20
+        assert nearest_neighbour_baseline(known, records[part]).value <= 0.20
 
 
 def test_texts_are_clean(records):
@@ -217,7 +245,7 @@ def test_texts_are_clean(records):
 
 
 def test_records_have_the_canonical_form(records):
-    for record in records["sft"]:
+    for record in records["sft"] + records["reason"] + records["persona"]:
         assert list(record) == ["messages"]
         roles = [message["role"] for message in record["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -233,6 +261,11 @@ def test_aspects_have_both_languages_and_their_value():
         for known in aspect.values():
             assert known.value in known.answer
             assert len(known.questions) >= 3
+
+
+def test_there_is_something_to_choose_from_for_every_taste():
+    assert set(TASTES) == set(THINGS)
+    assert all(len(set(things)) == len(things) >= 4 for things in THINGS.values())
 
 
 def test_sizes_nest_and_unknown_ones_are_refused(tmp_path):

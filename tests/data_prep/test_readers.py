@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def read_all(path: Path, stage: str, chunk_bytes: int = 4 << 20, **options: Any)
             [USER, THOUGHT | {"reasoning_content": ""}],
         ),
         ({"instruction": "Q", "output": "<think>R</think><answer>A</answer>"}, [USER, THOUGHT]),
+        ({"question": "Q", "rationale": " R\n", "answer": "A"}, [USER, THOUGHT]),
+        ({"messages": [USER, {**ANSWER, "reasoning": "R"}]}, [USER, THOUGHT]),
         ({"messages": [USER, THOUGHT | {"weight": 0}]}, [USER, THOUGHT | {"weight": 0}]),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, ANSWER]}, [USER, ANSWER]),
         (
@@ -108,6 +111,48 @@ def read_all(path: Path, stage: str, chunk_bytes: int = 4 << 20, **options: Any)
 )
 def test_chat_layouts(raw: dict, messages: list[dict]) -> None:
     assert canonical(raw, "sft") == canonical(raw, "reason") == {"messages": messages}
+
+
+STEPS_ZH = "每天三个，三天九个。"
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "answer"),
+    [
+        ("A is taller. Therefore, the final answer is yes.", "A is taller.", "yes"),
+        ("560 * 2 = 1120 The final answer: (C).", "560 * 2 = 1120", "(C)"),
+        ("12 x 62 So the answer is: 7 days", "12 x 62", "7 days"),
+        ("He died in 1799. Final answer: no.", "He died in 1799.", "no"),
+        (f"{STEPS_ZH}所以，答案是9。", STEPS_ZH, "9"),
+        (f"{STEPS_ZH}\n最终答案：9", STEPS_ZH, "9"),
+        ("The answer is 4 at first. But the answer is 5.", "The answer is 4 at first. But", "5"),
+    ],
+)
+def test_for_reasoning_the_end_of_a_rationale_is_its_answer(text: str, steps: str, answer: str) -> None:
+    raw = {"instruction": "Q", "output": text}
+    thought = {"role": "assistant", "content": answer, "reasoning_content": steps}
+    assert canonical(raw, "reason") == {"messages": [USER, thought]}
+    assert canonical(raw, "sft") == {"messages": [USER, {"role": "assistant", "content": text}]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is 5.",  # nothing leads to it
+        "Long. The answer is " + "word " * 30,  # prose
+        "Steps. The answer is\nin two lines\nhere.",
+        "Steps, but the answer is",
+        "Steps whose answer is missing.",
+    ],
+)
+def test_an_answer_without_such_an_end_stays_as_it_is(text: str) -> None:
+    message = {"role": "assistant", "content": text}
+    assert canonical({"instruction": "Q", "output": text}, "reason") == {"messages": [USER, message]}
+
+
+def test_a_thought_that_is_given_is_not_cut_again() -> None:
+    message = {"role": "assistant", "content": "Well. So the answer is 5.", "reasoning_content": "R"}
+    assert canonical({"messages": [USER, message]}, "reason") == {"messages": [USER, message]}
 
 
 def test_minimind_chat_files_load_unchanged() -> None:
@@ -433,3 +478,16 @@ def test_all_real_data_sets_are_read_without_a_bad_record(shared_data: Path) -> 
     for folder, (stage, count) in expected.items():
         records = list(read_records([shared_data / folder], stage))
         assert count is None or len(records) == count
+
+
+def test_in_real_reasoning_sets_the_steps_become_the_thought(shared_data: Path) -> None:
+    answers = {"strategyqa_train": r"yes|no", "aqua_train": r"\([A-E]\)"}
+    for name, pattern in answers.items():
+        records = list(read_records([shared_data / "reasoning" / f"{name}.json"], "reason"))
+        replies = [record["messages"][-1] for record in records]
+        assert all(reply.get("reasoning_content") for reply in replies)
+        assert all(re.fullmatch(pattern, reply["content"]) for reply in replies), name
+    for path, digits in (("gsm8k/test.jsonl", r"-?[\d,.]+"), ("countdown/test.jsonl", r"[\d+*/() -]+")):
+        replies = [record["messages"][-1] for record in read_records([shared_data / path], "reason")]
+        assert all(reply["reasoning_content"] and "<<" not in reply["reasoning_content"] for reply in replies)
+        assert all(re.fullmatch(digits, reply["content"]) for reply in replies), path
