@@ -105,7 +105,7 @@ def _first_records(path: Path, stage: str) -> Iterator[dict[str, Any] | BadRecor
 def _encode(record: dict[str, Any], stage: str, encoder: ChatEncoder) -> list[tuple[str, Encoded]]:
     """The sequences of a record, each with the words that set it apart."""
     if stage == "pretrain":
-        ids = [*encoder.encode_text(record["text"]), encoder.eos_id]
+        ids = [*encoder.bos_ids, *encoder.encode_text(record["text"]), encoder.eos_id]
         return [("", (ids, [ANSWER] * len(ids)))]
     tools = record.get("tools")
     if stage == "prompt":

@@ -322,10 +322,11 @@ def _encode_texts(encoder: ChatEncoder, documents: list[Document]) -> None:
     short = [document for document in documents if len(document.text) <= BATCH_CHARS]
     encoded = encoder.encode_texts([document.text for document in short])
     for document, ids in zip(short, encoded, strict=True):
-        document.ids = np.array([*ids, encoder.eos_id], dtype=np.uint32)
+        document.ids = np.array([*encoder.bos_ids, *ids, encoder.eos_id], dtype=np.uint32)
     for document in long:
         parts = [np.array(encoder.encode_text(part), np.uint32) for part in split_text(document.text, BATCH_CHARS)]
-        document.ids = np.concatenate([*parts, np.array([encoder.eos_id], np.uint32)])
+        bos, eos = np.array(encoder.bos_ids, np.uint32), np.array([encoder.eos_id], np.uint32)
+        document.ids = np.concatenate([bos, *parts, eos])
     for document in documents:
         assert document.ids is not None
         document.parts = (len(document.ids),)

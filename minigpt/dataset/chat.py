@@ -14,10 +14,13 @@ The ids equal those of the chat template in tokenizer_config.json, except where 
 (the template has no way to tell it from the real one) and where an assistant turn begins with white space that holds a
 line break (the template then merges it with the line break after `assistant`). `encode(messages)` of a conversation
 is always a prefix of `encode` of its continuation.
+
+A tokenizer that comes with a chat template of its own is rendered through that (`chat_template.py`), by the same rules.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +29,8 @@ from minigpt.errors import UserError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+    from minigpt.dataset.chat_template import ChatTemplate
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -55,10 +60,14 @@ class ChatEncoder:
         tokenizer: A `PreTrainedTokenizerFast`, a `tokenizers.Tokenizer`, a tokenizer.json, or a folder that holds one.
     Raises:
         FileNotFoundError: the path holds no tokenizer.json.
+        UserError: the files are broken.
 
     Attributes:
         eos_id: End of a document, `<|endoftext|>`.
-        im_end_id: End of a chat turn; equals `eos_id` for a tokenizer that has no `<|im_end|>`.
+        im_end_id: End of a chat turn: `<|im_end|>`, or what the tokenizer's own template puts there; equals `eos_id`
+            where there is nothing of the kind.
+        bos_ids: What the tokenizer puts before every document: nothing, or `<|begin_of_text|>` for Llama.
+        template: The tokenizer's own chat template; None where there is none, and for MiniGPT's, which `render` equals.
         pad_id: Padding; `eos_id`, which is safe because padding is masked by position and not by id.
         vocab_size: One more than the largest id.
 
@@ -74,14 +83,34 @@ class ChatEncoder:
 
         self.tokenizer = load_tokenizer(tokenizer)
         plain = json.loads(self.tokenizer.to_str())
-        self._added: dict[str, int] = {token["content"]: token["id"] for token in plain["added_tokens"]}
+        added = plain["added_tokens"]
+        self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
         plain.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
         self._plain = Tokenizer.from_str(json.dumps(plain))
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocab.values()) + 1
-        self.eos_id: int = next((self._added[name] for name in END_OF_TEXT_NAMES if name in self._added), 0)
-        self.im_end_id: int = self._added.get(IM_END, self.eos_id)
+        self.template, names = _own_template(tokenizer, added)
+        ends = (*END_OF_TEXT_NAMES, names.get("eos_token", ""))
+        self.eos_id: int = next((self._added[name] for name in ends if name in self._added), 0)
         self.pad_id: int = self.eos_id
+        with_special, text = self.tokenizer.encode("a").ids, self.encode_text("a")
+        begin = next((i for i in range(len(with_special)) if with_special[i : i + len(text)] == text), 0)
+        self.bos_ids: list[int] = with_special[:begin]
+
+    @cached_property
+    def im_end_id(self) -> int:
+        """End of a chat turn; the attribute above."""
+        name = IM_END if self.template is None else self.template.end_of_turn
+        return self._added.get(name or "", self.eos_id)
+
+    @property
+    def knows_chat(self) -> bool:
+        """Whether conversations can be rendered: by a template of the tokenizer's, or because it has the tokens."""
+        return self.template is not None or (IM_START in self._added and IM_END in self._added)
+
+    def opens_thinking(self, enable_thinking: bool | None) -> bool:
+        """Whether `encode_prompt` ends inside of the thinking part."""
+        return bool(enable_thinking) if self.template is None else self.template.opens_thinking(enable_thinking)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a person's text; nothing in it can become a control token or a tag."""
@@ -116,6 +145,8 @@ class ChatEncoder:
     ) -> list[tuple[list[int], list[int]]]:
         """`encode` of each conversation, in one call to the tokenizer: the fast way for packing."""
         tools = tools if tools is not None else [None] * len(conversations)
+        if self.template is not None:
+            return self._encode_pieces(self.template.render(conversations, tools, tag_code))
         rendered = [render(m, tools=t, tag_code=tag_code) for m, t in zip(conversations, tools, strict=True)]
         return self._encode_pieces(rendered)
 
@@ -127,7 +158,10 @@ class ChatEncoder:
         Args:
             enable_thinking: True opens `<think>`, False closes it at once, None leaves the choice to the model.
         """
-        pieces = render(messages, tools=tools) + generation_prompt(enable_thinking)
+        if self.template is not None:
+            pieces = self.template.render_prompt(messages, tools, enable_thinking)
+        else:
+            pieces = render(messages, tools=tools) + generation_prompt(enable_thinking)
         return self._encode_pieces([pieces])[0][0]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -140,7 +174,8 @@ class ChatEncoder:
             return self._added[name]
         except KeyError:
             raise UserError(
-                f"the tokenizer has no token {name}: use MiniGPT's, or one trained with `minigpt data tokenizer`"
+                f"the tokenizer has no token {name} and no chat template: put the template of its family beside it as "
+                f"chat_template.jinja, or use MiniGPT's tokenizer, or one trained with `minigpt data tokenizer`"
             ) from None
 
     def _encode_pieces(self, rendered: Sequence[Sequence[Piece]]) -> list[tuple[list[int], list[int]]]:
@@ -223,11 +258,7 @@ def _assistant_turn(message: Message, tag_code: int) -> list[Piece]:
     pieces = generation_prompt(None)
     content, reasoning, calls = text_of(message), message.get("reasoning_content"), message.get("tool_calls") or []
     if isinstance(reasoning, str):
-        # Thinking switched off is something that the prompt says, so the model is not trained to say it.
-        think_code = tag_code if reasoning else CONTEXT
-        pieces += [Piece("<think>", think_code, True), Piece(reasoning, ANSWER), Piece("</think>", think_code, True)]
-        if content or not calls:
-            pieces += [Piece("<answer>", tag_code, True), Piece(content, ANSWER), Piece("</answer>", tag_code, True)]
+        pieces += inline_reasoning(reasoning, content, bool(calls), tag_code)
     else:
         pieces.append(Piece(content, ANSWER))
     for call in calls:
@@ -236,6 +267,16 @@ def _assistant_turn(message: Message, tag_code: int) -> list[Piece]:
     if message.get("weight", 1) == 0:
         pieces = [piece._replace(code=CONTEXT) for piece in pieces]
     return [*pieces, Piece("\n", CONTEXT)]
+
+
+def inline_reasoning(reasoning: str, content: str, calls: bool, tag_code: int) -> list[Piece]:
+    """Thinking and answer between their tags; beside tool calls an empty answer is left out."""
+    # Thinking switched off is something that the prompt says, so the model is not trained to say it.
+    think_code = tag_code if reasoning else CONTEXT
+    pieces = [Piece("<think>", think_code, True), Piece(reasoning, ANSWER), Piece("</think>", think_code, True)]
+    if content or not calls:
+        pieces += [Piece("<answer>", tag_code, True), Piece(content, ANSWER), Piece("</answer>", tag_code, True)]
+    return pieces
 
 
 def _call(call: Message) -> str:
@@ -250,6 +291,32 @@ def _call(call: Message) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _own_template(
+    tokenizer: "PreTrainedTokenizerFast | Tokenizer | str | Path", added: Sequence[Mapping[str, Any]]
+) -> "tuple[ChatTemplate | None, dict[str, str]]":
+    """The tokenizer's chat template, None where it has none or MiniGPT's own, and its special tokens by name."""
+    from tokenizers import Tokenizer
+
+    from minigpt.dataset.chat_template import AddedToken, ChatTemplate, find_template, one_template, shipped_template
+
+    where: str | Path
+    if isinstance(tokenizer, str | Path):
+        where = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+        source, names = find_template(where)
+    elif isinstance(tokenizer, Tokenizer):
+        return None, {}
+    else:
+        where = "the tokenizer"
+        source = one_template(tokenizer.chat_template, where)
+        names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    if source is None or source == shipped_template():
+        return None, names
+    tokens = {
+        token["content"]: AddedToken(token["id"], token["special"], token["lstrip"], token["rstrip"]) for token in added
+    }
+    return ChatTemplate(source, names, tokens, where), names
 
 
 def load_tokenizer(tokenizer: "PreTrainedTokenizerFast | Tokenizer | str | Path") -> "Tokenizer":

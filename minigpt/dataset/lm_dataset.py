@@ -130,7 +130,7 @@ class PretrainDataset(Dataset):
     def _windows(self, path: str | Path, max_length: int) -> Iterator[Tokens]:
         for records in _batches(read_jsonl(path, "pretrain")):
             for ids in self.encoder.encode_texts([record["text"] for record in records]):
-                ids.append(self.encoder.eos_id)
+                ids = [*self.encoder.bos_ids, *ids, self.encoder.eos_id]
                 for start in range(0, max(1, len(ids) - 1), max_length - 1):
                     window = ids[start : start + max_length]
                     yield window, [ANSWER] * len(window)

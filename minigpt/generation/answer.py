@@ -27,7 +27,7 @@ class AnswerStream:
 
     Args:
         encoder: of the model.
-        enable_thinking: what the prompt was rendered with. True: the prompt ended with `<think>`, so the answer begins
+        enable_thinking: what the prompt was rendered with. Where the prompt ended with `<think>`, the answer begins
             inside it; False: thinking was closed by the prompt.
     """
 
@@ -43,8 +43,9 @@ class AnswerStream:
         }
         ids = {encoder.tokenizer.token_to_id(tag): kind for tag, kind in after.items()}
         self._kind_after = {token: kind for token, kind in ids.items() if token is not None}
-        self._kind = THINKING if enable_thinking else ANSWER
-        self._thinking: str | None = None if enable_thinking is None else ""
+        inside = encoder.opens_thinking(enable_thinking)
+        self._kind = THINKING if inside else ANSWER
+        self._thinking: str | None = "" if inside or enable_thinking is not None else None
         self._answer = ""
         self._tool_calls: list[str] = []
 

@@ -31,6 +31,7 @@ class ModelOptions:
         think: In a chat: thinking on, off, or auto: as the model likes.
         device: auto, cpu or cuda.
         dtype: auto, fp32 or bf16.
+        adapter: A LoRA adapter for the model: the folder of one in PEFT's format, or a run that trained one.
     """
 
     run: Path
@@ -45,6 +46,7 @@ class ModelOptions:
     think: Literal["auto", "on", "off"] = "auto"
     device: str = "auto"
     dtype: str = "auto"
+    adapter: Path | None = None
 
 
 @dataclass
@@ -87,14 +89,15 @@ def run_generate(options: GenerateOptions) -> str:
     from minigpt.generation.load import load_for_inference, stage_of
     from minigpt.generation.text import StopStrings, TextStream, printable
 
-    model, encoder = load_for_inference(options.run, options.device, options.dtype)
+    model, encoder = load_for_inference(options.run, options.device, options.dtype, options.adapter)
     params = replace(params, stop_token_ids=stop_token_ids(model))
-    if options.chat == "on" or (options.chat == "auto" and stage_of(options.run) != "pretrain"):
+    answers = stage_of(options.run) != "pretrain" and encoder.knows_chat
+    if options.chat == "on" or (options.chat == "auto" and answers):
         system = [{"role": "system", "content": options.system}] if options.system else []
         messages = [*system, {"role": "user", "content": prompt}]
         prompt_ids = encoder.encode_prompt(messages, enable_thinking=thinking_switch(options.think))
     else:
-        prompt_ids = encoder.encode_text(prompt) or [encoder.eos_id]
+        prompt_ids = [*encoder.bos_ids, *encoder.encode_text(prompt)] or [encoder.eos_id]
 
     decoder, stop, parts = TextStream(encoder.decode), StopStrings(params.stop), []
 

@@ -58,10 +58,9 @@ def write_language_model(
 
 
 def generation_config(tokenizer_folder: Path, stop_token: str) -> dict[str, Any]:
-    """The ids that end a text: of `stop_token` and of the end of a document."""
-    from tokenizers import Tokenizer
+    """The ids that end a text: of `stop_token` (in the tokenizer's own words) and of the end of a document."""
+    from minigpt.dataset.chat import IM_END, ChatEncoder
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    stops = [tokenizer.token_to_id(token) for token in dict.fromkeys((stop_token, "<|endoftext|>"))]
-    stops = [i for i in stops if i is not None]
-    return {"eos_token_id": stops, "pad_token_id": stops[-1]} if stops else {}
+    encoder = ChatEncoder(tokenizer_folder)
+    stop = encoder.im_end_id if stop_token == IM_END else encoder.eos_id
+    return {"eos_token_id": list(dict.fromkeys((stop, encoder.eos_id))), "pad_token_id": encoder.pad_id}
