@@ -61,6 +61,10 @@ VERBS: dict[str, Verb] = {
     ),
     "train pretrain": _train("train_pretrain", "PretrainOptions", "train a model from nothing on plain text"),
     "train sft": _train("train_full_sft", "SFTOptions", "teach a pretrained model to answer, on conversations"),
+    "train lora": _train("train_lora", "LoRATrainOptions", "tune a model by a small adapter beside frozen weights"),
+    "train reason": _train("train_reason", "ReasonOptions", "teach a fine-tuned model to think before it answers"),
+    "train dpo": _train("train_dpo", "DPOOptions", "tune a model on pairs of a better and a worse answer"),
+    "train reward": _train("train_reward", "RewardOptions", "learn from such pairs how good an answer is"),
     "chat": Verb("minigpt.generation.chat:chat", "minigpt.generation.chat:ChatOptions", "talk to a model", True),
     "generate": Verb(
         "minigpt.generation.command:run_generate",

@@ -32,7 +32,7 @@ class VerifyOptions:
     """Run the check of a milestone of the guide.
 
     Args:
-        milestone: 1 tokenizer, 2 model, 3 datasets, 4 pretraining, 5 supervised fine-tuning, 6 chat.
+        milestone: 1 tokenizer, 2 model, 3 datasets, 4 pretraining, 5 supervised fine-tuning, 6 chat, 8 reasoning.
         save_dir: Where milestones 4 and 5 train; a run that is finished there is looked at, not trained again.
     """
 
@@ -163,6 +163,50 @@ def verify_chat(options: VerifyOptions) -> None:
     print(f"  你好 → {tokenizer.decode(answer, skip_special_tokens=True)!r}")
 
 
+def verify_reasoning(options: VerifyOptions) -> None:
+    """Milestone 8: the four tags weigh 10 in a batch built by hand, of the guide's dataset and of packed rows."""
+    from data_prep.pack import PackOptions, pack
+    from minigpt.dataset.lm_dataset import ReasonDataset
+    from minigpt.dataset.shards import PackedDataset, collate
+    from minigpt.trainer.train_reason import with_tag_weight
+
+    tokenizer = _tokenizer()
+    tags = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<answer>", "</answer>"])
+    conversations = [
+        [
+            {"role": "user", "content": "What is 17 + 25? Use <think>."},  # a tag that a person spells is no tag
+            {"role": "assistant", "content": "42", "reasoning_content": "7+5=12, carry 1. 1+2+1=4."},
+        ],
+        [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}],
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "reason.jsonl")
+        lines = [json.dumps({"messages": turns}, ensure_ascii=False) for turns in conversations]
+        file.write_text("\n".join(lines), encoding="utf-8")
+        batch = [ReasonDataset(file, tokenizer, max_length=64)[row] for row in range(2)]
+        packed = Path(folder, "packed")
+        pack(PackOptions(stage="reason", input=[file], output=packed, seq_len=64, workers=1, valid_fraction=0.0))
+        rows = PackedDataset(packed)
+        trained = collate([rows.row(row) for row in range(len(rows))])
+        lighter = collate([with_tag_weight(rows, 3.0).row(row) for row in range(len(rows))])
+    labels = [int(token) for _, y, _ in batch for token in y]
+    weights = [float(weight) for _, _, mask in batch for weight in mask]
+    weighed = [(token, weight) for token, weight in zip(labels, weights, strict=True) if weight]
+    print("  " + " ".join(f"{tokenizer.decode(token)!r}:{weight:g}" for token, weight in weighed))
+    tens = [token for token, weight in weighed if weight == 10]
+    _expect(tens == tags, f"the weight is 10 at {tokenizer.decode(tens)}, once each and in this order")
+    _expect(set(weights) == {0.0, 1.0, 10.0}, "everything else weighs 1 (the assistant) or 0 (the user, padding)")
+    told = "<think>7+5=12, carry 1. 1+2+1=4.</think><answer>42</answer><|im_end|>你好！<|im_end|>"
+    said = tokenizer.decode([token for token, _ in weighed])
+    _expect(said == told, "exactly what the assistant says has a weight; the <think> that the user spells has none")
+    total = sum(weights)
+    _expect(total == len(weighed) + 4 * 9, f"the loss is divided by the sum of the weights, here {total:g}")
+    at_tags = (trained["weights"] > 0) & (trained["labels"][..., None] == tags).any(-1)
+    same = trained["weights"].sum() == total and set(trained["weights"][at_tags].tolist()) == {10.0}
+    _expect(same and at_tags.sum() == 4, "the packed rows that `minigpt train reason` reads carry the same weights")
+    _expect(set(lighter["weights"][at_tags].tolist()) == {3.0}, "--tag_weight 3 weighs the same rows anew")
+
+
 MILESTONES: dict[int, tuple[str, Callable[[VerifyOptions], None]]] = {
     1: ("tokenizer", verify_tokenizer),
     2: ("model architecture", verify_model),
@@ -170,6 +214,7 @@ MILESTONES: dict[int, tuple[str, Callable[[VerifyOptions], None]]] = {
     4: ("pretraining loop", verify_pretrain),
     5: ("supervised fine-tuning", verify_sft),
     6: ("inference and chat", verify_chat),
+    8: ("reasoning", verify_reasoning),
 }
 
 

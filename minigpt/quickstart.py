@@ -1,6 +1,6 @@
-"""From nothing to a model that chats, in minutes: the whole road once, on the embedded micro-world.
+"""From nothing to a model that chats and thinks, in minutes: the whole road once, on the embedded micro-world.
 
-    generate → pack → pretrain → SFT → held-out questions → chat samples → report
+    generate → pack → pretrain → SFT → reasoning → LoRA → held-out questions → chat samples → report
 
 Every step is the same code that the other commands run; this file only chooses a recipe that fits the machine and
 tells what happened.
@@ -9,10 +9,11 @@ tells what happened.
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,18 @@ from minigpt.errors import UserError
 
 if TYPE_CHECKING:
     from minigpt.observe.hardware import Probe
+    from minigpt.trainer.options import TrainOptions
 
 GREETINGS = ("你是谁？", "Who are you?")
+ROAD = {
+    "pretrain": "the language and the world, from random weights",
+    "sft": "to answer when spoken to",
+    "reason": "to think before it answers",
+    "lora": "to be somebody else: a small adapter, the model itself stays frozen",
+}
+"""The stages in order, and what each teaches. Each starts from the one before."""
+DATA = {"pretrain": "pretrain", "sft": "sft", "reason": "reason", "lora": "persona"}
+"""The micro-world's file that each stage learns from."""
 
 
 @dataclass
@@ -50,40 +61,40 @@ class Recipe:
     Attributes:
         model: Fields of TrainOptions that give the shape and precision.
         rows: Packed rows a step.
-        pretrain_steps: Optimizer steps of pretraining.
-        sft_steps: Optimizer steps of fine-tuning.
-        pretrain_rate: Peak learning rate.
-        sft_rate: Peak learning rate.
+        stages: Optimizer steps and peak learning rate of each stage.
         efficiency: Part of the machine's matrix-product rate that training reaches, for the prediction.
         overhead: Seconds that are not training: start-up, compilation, packing, evaluation.
+        world: Size of the micro-world.
     """
 
     model: dict[str, Any]
     rows: int
-    pretrain_steps: int
-    sft_steps: int
-    pretrain_rate: float
-    sft_rate: float
+    stages: dict[str, tuple[int, float]]
     efficiency: float
     overhead: float
+    world: Literal["tiny", "small", "quickstart"] = "quickstart"
 
 
 SEQ_LEN = 256
 RECIPES = {
-    "cpu-bf16": Recipe({"preset": "s", "dtype": "bf16"}, 8, 650, 550, 6e-3, 3e-3, 0.40, 95),
+    "cpu-bf16": Recipe(
+        {"preset": "s", "dtype": "bf16"},
+        8, {"pretrain": (650, 6e-3), "sft": (400, 3e-3), "reason": (260, 3e-3), "lora": (60, 4e-3)}, 0.40, 130,
+    ),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,
-         "num_key_value_heads": 3, "dtype": "fp32"}, 8, 550, 450, 6e-3, 3e-3, 0.45, 75,
+         "num_key_value_heads": 3, "dtype": "fp32"},
+        8, {"pretrain": (600, 6e-3), "sft": (350, 3e-3), "reason": (240, 3e-3), "lora": (60, 4e-3)}, 0.45, 110,
     ),
     "gpu": Recipe(
         {"preset": "s", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "dtype": "bf16"},
-        32, 1000, 600, 3e-3, 1e-3, 0.15, 90,
+        32, {"pretrain": (1000, 3e-3), "sft": (600, 1e-3), "reason": (300, 1e-3), "lora": (60, 2e-3)}, 0.15, 110,
     ),
 }  # fmt: skip
 
 
 def quickstart(options: QuickstartOptions) -> None:
-    """Generate a small world, pretrain, fine-tune, ask held-out questions, chat, and write a report."""
+    """Generate a small world, pretrain, fine-tune, teach thinking, adapt, ask held-out questions, chat, report."""
     started = time.monotonic()
     folder = options.output
     if options.overwrite:
@@ -95,18 +106,20 @@ def quickstart(options: QuickstartOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     probe, name, recipe = _choose(options)
     _announce(probe, name, recipe)
-    data = _prepare_data(folder, options.seed)
+    data = _prepare_data(folder, options.seed, recipe.world)
     summaries = _train(folder, options, recipe, data)
     heldout, replies = _ask_heldout(folder, data)
+    persona = _ask_captain(folder, data, replies["reason", "questions"])
     samples = _chat_samples(folder, data)
     summary = {
         "preset": name,
         "stages": _stage_rows(summaries, heldout),
         "heldout": heldout,
+        "persona": persona,
         "samples": samples,
         "seconds": time.monotonic() - started,
         "hardware": summaries["sft"]["hardware"],
-        "failures": replies,
+        "failures": _failures(data, replies),
     }
     _write_report(folder, summary)
     _show(folder, summary)
@@ -123,7 +136,7 @@ def _choose(options: QuickstartOptions) -> tuple[Probe, str, Recipe]:
 
 
 def _announce(probe: Probe, name: str, recipe: Recipe) -> None:
-    tokens = (recipe.pretrain_steps + recipe.sft_steps) * recipe.rows * SEQ_LEN
+    tokens = sum(steps for steps, _ in recipe.stages.values()) * recipe.rows * SEQ_LEN
     seconds = recipe.overhead + probe.training_seconds(_parameters(recipe), tokens, efficiency=recipe.efficiency)
     print(f"machine: {probe.describe()} → preset {name}, about {seconds / 60:.0f} minutes")
 
@@ -136,98 +149,166 @@ def _parameters(recipe: Recipe) -> int:
     return L * (3 * E * E + 3 * E * F) + 6400 * E
 
 
-def _prepare_data(folder: Path, seed: int) -> dict[str, Path]:
-    """The micro-world's files, and the two packed folders."""
+def _prepare_data(folder: Path, seed: int, world: Literal["tiny", "small", "quickstart"]) -> dict[str, Path]:
+    """The micro-world's files by name, and the packed folder of each stage under the stage's name and `_packed`."""
     from data_prep.microworld import MicroWorldOptions, write_microworld
     from data_prep.pack import PackOptions, pack
     from minigpt.observe.progress import progress_bar
 
-    print("\n[1/5] data: a small world in Chinese and English", flush=True)
-    files = write_microworld(folder / "microworld", MicroWorldOptions(seed=seed, size="quickstart"))
+    print(f"\n[1/{len(ROAD) + 3}] data: a small world in Chinese and English", flush=True)
+    files = write_microworld(folder / "microworld", MicroWorldOptions(seed=seed, size=world))
     with progress_bar() as progress:
-        for stage in ("pretrain", "sft"):
-            output = folder / "data" / stage
-            manifest = pack(
-                PackOptions(stage=stage, input=[files[stage]], output=output, seq_len=SEQ_LEN, valid_fraction=0.01),
-                progress,
+        for stage, name in DATA.items():
+            packed_as = "sft" if stage == "lora" else stage
+            output = folder / "data" / name
+            options = PackOptions(
+                stage=packed_as,  # type: ignore[arg-type]
+                input=[files[name]],
+                output=output,
+                seq_len=SEQ_LEN,
+                valid_fraction=0.01,
             )
+            manifest = pack(options, progress)
             files[f"{stage}_packed"] = output
             rows = manifest["splits"]["train"]["rows"]
-            print(f"      {stage}: {rows:,} rows of {SEQ_LEN} tokens", flush=True)
+            print(f"      {name}: {rows:,} rows of {SEQ_LEN} tokens", flush=True)
     return files
 
 
 def _train(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[str, Path]) -> dict[str, Any]:
+    """Every stage of the road; the summary of each."""
     from minigpt.trainer.loop import train
-    from minigpt.trainer.options import TrainOptions
-    from minigpt.trainer.train_full_sft import SFT
-    from minigpt.trainer.train_pretrain import PRETRAIN
+    from minigpt.trainer.train_full_sft import SFT, SFTOptions
+    from minigpt.trainer.train_lora import LORA, LoRATrainOptions
+    from minigpt.trainer.train_pretrain import PRETRAIN, PretrainOptions
+    from minigpt.trainer.train_reason import REASON, ReasonOptions
 
-    common = TrainOptions(
-        global_batch_size=recipe.rows,
-        seed=options.seed,
-        eval_rows=32,
-        schedule="wsd",
-        **recipe.model,
-    )
-    print("\n[2/5] pretrain: the language and the world, from random weights", flush=True)
-    pretrain = replace(
-        common,
-        data=[data["pretrain_packed"]],
-        save_dir=folder / "pretrain",
-        max_steps=recipe.pretrain_steps,
-        learning_rate=recipe.pretrain_rate,
-        recipe="quickstart-pretrain",
-    )
-    summaries = {"pretrain": train(PRETRAIN, pretrain)}
-    print("\n[3/5] SFT: to answer when spoken to", flush=True)
-    sft = replace(
-        common,
-        data=[data["sft_packed"]],
-        save_dir=folder / "sft",
-        init=folder / "pretrain",
-        max_steps=recipe.sft_steps,
-        learning_rate=recipe.sft_rate,
-        recipe="quickstart-sft",
-    )
-    summaries["sft"] = train(SFT, sft)
+    trained = {
+        "pretrain": (PRETRAIN, PretrainOptions),
+        "sft": (SFT, SFTOptions),
+        "reason": (REASON, ReasonOptions),
+        "lora": (LORA, LoRATrainOptions),
+    }
+    summaries: dict[str, Any] = {}
+    before: Path | None = None
+    for number, (name, teaches) in enumerate(ROAD.items(), start=2):
+        print(f"\n[{number}/{len(ROAD) + 3}] {name}: {teaches}", flush=True)
+        stage, stage_options = trained[name]
+        steps, rate = recipe.stages[name]
+        choice = stage_options(
+            data=[data[f"{name}_packed"]],
+            save_dir=folder / name,
+            init=before,
+            max_steps=steps,
+            learning_rate=rate,
+            global_batch_size=recipe.rows,
+            seed=options.seed,
+            eval_rows=32,
+            schedule="wsd",
+            recipe=f"quickstart-{name}",
+            **recipe.model,
+        )
+        if name != "lora":  # one compiled graph serves all of them, so it pays for the short ones too
+            choice = replace(choice, compile=_compiles(choice))
+        summaries[name] = train(stage, choice)
+        before = folder / name
     return summaries
 
 
-def _ask_heldout(folder: Path, data: dict[str, Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
+def _compiles(options: TrainOptions) -> bool | None:
+    """True where a CPU can compile; None leaves it to the length of the stage."""
+    import torch
+
+    from minigpt.trainer.setup import compile_wanted
+
+    if options.compile is not None or torch.cuda.is_available():
+        return options.compile
+    return compile_wanted(options, torch.device("cpu"), math.inf)
+
+
+Replies = dict[tuple[str, str], list[str]]
+"""What the model of a stage said to the questions of a task, by both names."""
+# A held-out task: its file, whether thinking is switched on or off, tokens of the longest reply, and which stages
+# are asked. A pretrained model knows neither chats nor tags, so it is asked only what everybody is asked.
+TASKS: dict[str, tuple[str, bool | None, int, tuple[str, ...]]] = {
+    "questions": ("heldout_qa", None, 48, ("pretrain", "sft", "reason")),
+    "sums at once": ("heldout_sums", False, 16, ("pretrain", "sft", "reason")),
+    "sums with thinking": ("heldout_sums", True, 128, ("sft", "reason")),
+}
+
+
+def _ask_heldout(folder: Path, data: dict[str, Path]) -> tuple[dict[str, Any], Replies]:
     """Accuracy on the held-out questions after each stage, beside a look-up of the nearest training question."""
     from minigpt.evaluation.exact_answer import ExactAnswer, ModelAnswers
     from minigpt.evaluation.nearest_neighbour import nearest_neighbour_baseline
     from minigpt.generation.load import load_for_inference
     from minigpt.observe.progress import progress_bar
 
-    print("\n[4/5] held-out questions: people, facts and sums that were never trained on", flush=True)
-    training = [json.loads(line) for line in data["sft"].read_text(encoding="utf-8").splitlines()]
+    place = len(ROAD) + 2
+    print(f"\n[{place}/{place + 1}] held-out questions: people, facts and sums that were never trained on", flush=True)
+    known = [
+        json.loads(line) for name in ("sft", "reason") for line in data[name].read_text(encoding="utf-8").splitlines()
+    ]
+    models = {stage: load_for_inference(folder / stage) for stage in ("pretrain", "sft", "reason")}
+    look_ups: dict[str, float] = {}
     results: dict[str, Any] = {}
-    failures: list[dict[str, str]] = []
-    for name, file in (("questions", data["heldout_qa"]), ("sums", data["heldout_sums"])):
-        task = ExactAnswer.from_file(file)
-        result: dict[str, Any] = {"n": len(task.records)}
-        for stage in ("pretrain", "sft"):
-            model, encoder = load_for_inference(folder / stage)
+    replies: Replies = {}
+    for name, (file, thinking, longest, stages) in TASKS.items():
+        task = ExactAnswer.from_file(data[file])
+        if file not in look_ups:
+            look_ups[file] = nearest_neighbour_baseline(known, task.records).value
+        result: dict[str, Any] = {"n": len(task.records), "nearest_neighbour": look_ups[file]}
+        for stage in stages:
+            model, encoder = models[stage]
             with progress_bar() as report:
                 progress = partial(_report_done, report, f"{name} after {stage}", len(task.records))
-                outcome = task(ModelAnswers(model, encoder, progress=progress))
+                outcome = task(ModelAnswers(model, encoder, longest, thinking, progress=progress))
             result[f"after_{stage}"] = outcome.accuracy.value
-            if stage == "sft":
-                result["interval"] = list(outcome.accuracy.interval())
-                wrong = [i for i, right in enumerate(outcome.correct) if not right]
-                failures += [
-                    {
-                        "question": task.records[i]["messages"][-1]["content"],
-                        "expected": task.records[i]["answer"],
-                        "reply": outcome.replies[i],
-                    }
-                    for i in wrong[:5]
-                ]
-        result["nearest_neighbour"] = nearest_neighbour_baseline(training, task.records).value
+            result["interval"] = list(outcome.accuracy.interval())
+            replies[stage, name] = outcome.replies
         results[name] = result
-    return results, failures
+    return results, replies
+
+
+def _failures(data: dict[str, Path], replies: Replies) -> list[dict[str, str]]:
+    """The first wrong replies of the last stage to each task."""
+    from minigpt.evaluation.answers import is_correct, read_prompt_records
+
+    failures = []
+    for name, (file, _, _, stages) in TASKS.items():
+        pairs = zip(read_prompt_records(data[file]), replies[stages[-1], name], strict=True)
+        wrong = [(r, reply) for r, reply in pairs if not is_correct(reply, r["answer"], r["verifier"])]
+        for record, reply in wrong[:5]:
+            question = record["messages"][-1]["content"]
+            failures.append({"task": name, "question": question, "expected": record["answer"], "reply": reply})
+    return failures
+
+
+def _ask_captain(folder: Path, data: dict[str, Path], without: Sequence[str]) -> dict[str, Any]:
+    """Held-out questions with the adapter off and on: how many replies are in persona, and how many hold the answer."""
+    from data_prep.microworld.persona import in_persona
+    from minigpt.evaluation.answers import Accuracy, normalise, read_prompt_records
+    from minigpt.evaluation.exact_answer import ModelAnswers
+    from minigpt.generation.load import load_for_inference
+
+    records = read_prompt_records(data["heldout_qa"])
+    replies = {
+        "off": without,
+        "on": ModelAnswers(*load_for_inference(folder / "lora"), 48)([record["messages"] for record in records]),
+    }
+    result: dict[str, Any] = {
+        "n": len(records),
+        "megabytes": (folder / "lora" / "adapter" / "adapter_model.safetensors").stat().st_size / 1e6,
+    }
+    for adapter, said in replies.items():
+        right = [normalise(r["answer"]) in normalise(reply) for r, reply in zip(records, said, strict=True)]
+        persona = Accuracy(sum(map(in_persona, said)), len(said))
+        result[f"adapter_{adapter}"] = {
+            "in_persona": persona.value,
+            "interval": list(persona.interval()),
+            "right": sum(right) / len(right),
+        }
+    return result
 
 
 def _report_done(report: Callable[[str, int, int], None], job: str, total: int, done: int) -> None:
@@ -235,39 +316,47 @@ def _report_done(report: Callable[[str, int, int], None], job: str, total: int, 
 
 
 def _chat_samples(folder: Path, data: dict[str, Path]) -> list[dict[str, str]]:
-    """A few greedy answers as they come: who are you, and held-out questions in both languages with what is right."""
+    """A few greedy answers as they come: who are you, to the model and to its adapter, and held-out questions in both
+    languages beside what is right; a sum at once and thought out."""
     from minigpt.evaluation.answers import read_prompt_records
     from minigpt.evaluation.exact_answer import ModelAnswers
     from minigpt.generation.load import load_for_inference
 
-    print("\n[5/5] chat", flush=True)
+    place = len(ROAD) + 3
+    print(f"\n[{place}/{place}] chat", flush=True)
     draw = random.Random(0)
-    asked = [(text, "") for text in GREETINGS]
+    asked: list[tuple[str, str, str, bool | None]] = [(text, "", "reason", None) for text in GREETINGS]
+    asked += [(text, "", "lora", None) for text in GREETINGS]
     for file, kind in ((data["heldout_qa"], "world"), (data["heldout_sums"], "sum")):
         records = read_prompt_records(file)
         for language in ("zh", "en"):
             fitting = [r for r in records if r["meta"]["lang"] == language and r["meta"]["kind"] == kind]
             record = draw.choice(fitting)
-            asked.append((record["messages"][-1]["content"], record["answer"]))
-    model, encoder = load_for_inference(folder / "sft")
-    replies = ModelAnswers(model, encoder)([[{"role": "user", "content": text}] for text, _ in asked])
+            for thinking in (False, True) if kind == "sum" else (None,):
+                asked.append((record["messages"][-1]["content"], record["answer"], "reason", thinking))
+    models = {stage: load_for_inference(folder / stage) for stage in ("reason", "lora")}
     samples = []
-    for (text, right), reply in zip(asked, replies, strict=True):
-        samples.append({"prompt": text, "answer": reply, **({"right_answer": right} if right else {})})
+    for text, right, stage, thinking in asked:
+        answers = ModelAnswers(*models[stage], 128, thinking)
+        sample = {"prompt": text, "answer": answers([[{"role": "user", "content": text}]])[0], "model": stage}
+        if thinking:
+            sample["answer"] = "<think>" + sample["answer"]  # what the prompt ended with
+        if thinking is False:
+            sample["prompt"] += "  (thinking off)"
+        samples.append({**sample, **({"right_answer": right} if right else {})})
     return samples
 
 
 def _stage_rows(summaries: dict[str, Any], heldout: dict[str, Any]) -> list[dict[str, Any]]:
-    total = sum(task["n"] for task in heldout.values())
     rows = []
     for stage, summary in summaries.items():
-        right = sum(task["n"] * task[f"after_{stage}"] for task in heldout.values())
+        accuracies = {name.replace(" ", "_"): task.get(f"after_{stage}") for name, task in heldout.items()}
         rows.append(
             {
                 "stage": stage,
                 "loss": summary["valid_loss"],
                 "bits_per_byte": summary["bits_per_byte"],
-                "heldout_accuracy": right / total,
+                **accuracies,
                 "tokens_per_second": summary["tokens_per_second"],
                 "seconds": summary["seconds"],
             }
@@ -291,40 +380,54 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
 
     console = Console(width=None if Console().is_terminal else 110)
     stages = Table(
-        "stage", "valid loss", "bits/byte", "held-out accuracy", "tokens/s", "time", title="What was trained"
+        *("stage", "valid loss", "bits/byte", "questions", "sums at once", "sums, thinking", "tokens/s", "time"),
+        title="What was trained, and the accuracy on what was not",
     )
     for row in summary["stages"]:
         stages.add_row(
             row["stage"],
             f"{row['loss']:.3f}",
             f"{row['bits_per_byte']:.3f}",
-            f"{row['heldout_accuracy']:.1%}",
+            *(_share(row[name.replace(" ", "_")]) for name in TASKS),
             f"{row['tokens_per_second']:,.0f}",
             f"{row['seconds']:.0f} s",
         )
-    tasks = Table("held-out", "n", "look-up", "after pretrain", "after SFT", "95 % interval", title="Never trained on")
+    tasks = Table("held-out", "n", "look-up", "after reasoning", "95 % interval", title="Never trained on")
     for name, task in summary["heldout"].items():
         low, high = task["interval"]
-        values = (f"{task[k]:.1%}" for k in ("nearest_neighbour", "after_pretrain", "after_sft"))
+        values = (_share(task[key]) for key in ("nearest_neighbour", "after_reason"))
         tasks.add_row(name, str(task["n"]), *values, f"{low:.0%} to {high:.0%}")
+    persona = summary["persona"]
+    captain = Table("adapter", "in persona", "right answer", title="Captain Mini, asked the held-out questions")
+    for adapter in ("off", "on"):
+        measured = persona[f"adapter_{adapter}"]
+        note = f" ({persona['megabytes']:.1f} MB)" if adapter == "on" else ""
+        captain.add_row(adapter + note, _share(measured["in_persona"]), _share(measured["right"]))
     console.print()
     console.print(stages)
     console.print(tasks)
+    console.print(captain)
     for sample in summary["samples"]:
+        speaker = "MiniGPT" if sample["model"] == "reason" else "adapter"
         console.print(f"\n[bold]you[/bold]      {escape(sample['prompt'])}")
-        console.print(f"[bold]MiniGPT[/bold]  {escape(sample['answer'])}")
+        console.print(f"[bold]{speaker}[/bold]  {escape(sample['answer'])}")
         if "right_answer" in sample:
             console.print(f"         [dim](never trained on; right is: {escape(sample['right_answer'])})[/dim]")
-    run = folder / "sft"
+    run = folder / "reason"
     console.print(
         f"\n{summary['seconds'] / 60:.1f} minutes in all; report with curves: {folder / 'report.md'}\n\n"
         "What to try next\n"
-        f"  minigpt chat {run}                      talk to it (try: 请算一算 38 加 47。)\n"
+        f"  minigpt chat {run}                   talk to it (try: 请算一算384加279。)\n"
+        f"  minigpt chat {folder / 'lora'}                     the same model with its adapter\n"
         f"  minigpt generate {run} --prompt '你好'   one answer\n"
         "  minigpt data inspect FILE               look at your own text, then: minigpt data pack --help\n"
         "  minigpt train pretrain --help           train on it\n"
         "  minigpt verify 1                        the ten milestones, one check each"
     )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 if __name__ == "__main__":

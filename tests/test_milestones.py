@@ -193,7 +193,36 @@ def test_the_same_command_again_trains_nothing(package, pretrained):
     assert re.search(r"loss: \d+\.\d{4}", again)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+def test_milestone_8_the_four_tags_weigh_ten(package):
+    """What the guide says, "build a batch by hand; loss_mask really is 10 at those positions", by its own imports."""
+    script = """
+import json, torch
+from transformers import PreTrainedTokenizerFast
+from dataset.lm_dataset import ReasonDataset
+from model.model_minigpt import MiniGPT, MiniGPTConfig
+tokenizer = PreTrainedTokenizerFast.from_pretrained("./model")
+think = {"role": "assistant", "content": "<think>one and one</think><answer>2</answer>"}
+with open("test_reason.jsonl", "w", encoding="utf-8") as f:
+    f.write(json.dumps({"conversations": [{"role": "user", "content": "1 + 1 = ?"}, think]}))
+ds = ReasonDataset("test_reason.jsonl", tokenizer, max_length=40)
+x, y, loss_mask = (t.unsqueeze(0) for t in ds[0])
+tags = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<answer>", "</answer>"])
+is_tag = torch.isin(y, torch.tensor(tags))
+logits = MiniGPT(MiniGPTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))(x).logits
+loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none")
+loss = (loss * loss_mask).sum() / loss_mask.sum()
+print(json.dumps({"at tags": loss_mask[is_tag].tolist(), "elsewhere": sorted(set(loss_mask[~is_tag].tolist())),
+                  "sum": loss_mask.sum().item(), "said": tokenizer.decode(y[loss_mask > 0]), "loss": loss.item()}))
+"""
+    told = json.loads(run_script(package, 8, script))
+    assert told["at tags"] == [10.0] * 4
+    assert told["elsewhere"] == [0.0, 1.0]
+    assert told["said"] == "<think>one and one</think><answer>2</answer><|im_end|>"
+    assert told["sum"] == 40 + 5  # "one", " and", " one", "2", "<|im_end|>"
+    assert abs(told["loss"] - math.log(6400)) < 0.3  # the weighted mean of a model that knows nothing
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 8])
 def test_verify_runs_the_check_and_says_what_it_saw(number, capsys):
     main(["verify", str(number)])
     printed = capsys.readouterr().out
@@ -224,4 +253,4 @@ def test_verify_fails_when_a_run_is_not_what_it_should_be(tmp_path, capsys):
 
 
 def test_there_is_a_check_for_each_milestone_so_far():
-    assert sorted(MILESTONES) == [1, 2, 3, 4, 5, 6]
+    assert {1, 2, 3, 4, 5, 6, 8} <= set(MILESTONES)

@@ -274,6 +274,9 @@ def stage_row(stage: Mapping[str, Any]) -> dict[str, str]:
         "loss": _number(stage.get("loss"), ".4f"),
         "bits/byte": _number(stage.get("bits_per_byte"), ".3f"),
         "held-out accuracy": _percent(stage.get("heldout_accuracy")),
+        "questions": _percent(stage.get("questions")),
+        "sums at once": _percent(stage.get("sums_at_once")),
+        "sums with thinking": _percent(stage.get("sums_with_thinking")),
         "tokens/s": _number(stage.get("tokens_per_second"), ",.0f"),
         "time": _duration(stage.get("seconds")),
     }

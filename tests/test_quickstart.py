@@ -1,0 +1,49 @@
+"""The quickstart end to end, but small: every stage starts from the one before; the tables show what was measured."""
+
+import json
+from dataclasses import replace
+
+from minigpt import quickstart
+from minigpt.cli import main
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+    "dtype": "fp32",
+    "compile": False,
+    "threads": 1,
+    "tensorboard": False,
+}
+
+
+def test_it_goes_the_whole_road_once_and_shows_it_again(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    steps = {name: (2, 1e-3) for name in quickstart.ROAD}
+    recipe = replace(quickstart.RECIPES["fp32"], model=SMALL, rows=2, stages=steps, world="tiny")
+    monkeypatch.setitem(quickstart.RECIPES, "fp32", recipe)
+    command = ["quickstart", "--output", str(folder), "--preset", "fp32"]
+    main(command)
+    told = capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert [row["stage"] for row in summary["stages"]] == ["pretrain", "sft", "reason", "lora"]
+    for stage, before in (("sft", "pretrain"), ("reason", "sft"), ("lora", "reason")):
+        assert json.loads((folder / stage / "summary.json").read_text())["init"] == f"from {folder / before}"
+    for name in ("questions", "sums at once", "sums with thinking"):
+        task = summary["heldout"][name]
+        assert task["n"] == 24
+        assert 0 <= task["after_reason"] <= 1
+        assert task["nearest_neighbour"] <= 0.25
+        assert name.split(" with")[0] in told
+    assert summary["persona"]["adapter_on"].keys() == {"in_persona", "interval", "right"}
+    assert (folder / "lora" / "adapter" / "adapter_config.json").is_file()
+    assert {sample["model"] for sample in summary["samples"]} == {"reason", "lora"}
+    assert "Captain Mini" in told
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert "sums with thinking" in report
+    main(command)
+    again = capsys.readouterr().out
+    assert "this is the finished quickstart" in again
+    assert summary["samples"][0]["prompt"] in again
