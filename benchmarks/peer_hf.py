@@ -96,11 +96,11 @@ def make_step(
 ) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
     """One optimizer step on one batch; returns the mean loss."""
     if precision == "bf16":
-        masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        masters = [p.detach().clone().requires_grad_() for p in model.parameters() if p.requires_grad]
         model.to(torch.bfloat16)
     else:
-        masters = list(model.parameters())
-    weights = list(model.parameters())
+        masters = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in model.parameters() if p.requires_grad]
     decay = [m for m in masters if m.dim() > 1]
     rest = [m for m in masters if m.dim() <= 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]

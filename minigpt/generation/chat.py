@@ -44,7 +44,7 @@ def chat(options: ChatOptions) -> None:
     from minigpt.generation.engine import stop_token_ids
     from minigpt.generation.load import load_for_inference, stage_of
 
-    model, encoder = load_for_inference(options.run, options.device, options.dtype)
+    model, encoder = load_for_inference(options.run, options.device, options.dtype, options.adapter)
     sampling = replace(sampling, stop_token_ids=stop_token_ids(model))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C

@@ -12,14 +12,19 @@ import torch
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.errors import UserError
 from minigpt.model.hf import config_from_hf, load_generation_config
+from minigpt.model.model_lora import DEFAULT_ADAPTER, set_adapter, unload_lora
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+from minigpt.model.peft_format import is_adapter, load_adapter
 
 SHIPPED_TOKENIZER = Path(__file__).parents[1] / "model"
 TRACES_OF_A_RUN = ("checkpoints", "metrics.jsonl", "config.yaml")
 
 
 def load_for_inference(
-    path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    adapter: str | Path | None = None,
 ) -> tuple[MiniGPT, ChatEncoder]:
     """Loads a model and its tokenizer.
 
@@ -27,6 +32,7 @@ def load_for_inference(
         path: A run folder (its `hf/` is read, or else its newest .pth), a Hugging Face folder, or a .pth file.
         device: "auto" takes the GPU where there is one.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; else "float32", "bfloat16" (also "fp32", "bf16").
+        adapter: A LoRA folder in PEFT's format, merged into the weights; also a run that has one in `adapter/`.
 
     Returns:
         The model in evaluation mode, with `eos_token_ids` set to the ids that end its answers, and the encoder.
@@ -43,10 +49,20 @@ def load_for_inference(
     if source.suffix == ".pth":
         model, tokenizer_folder = _load_pth(source), _tokenizer_beside(source)
     else:
-        model, tokenizer_folder = MiniGPT.from_pretrained(source, dtype=dtype), source
+        model, tokenizer_folder = MiniGPT.from_pretrained(source), source
+    if adapter is not None:
+        _merge_adapter(model, Path(adapter))
     encoder = _load_encoder(tokenizer_folder, model.config)
     model.eos_token_ids = _stop_token_ids(tokenizer_folder, encoder)  # type: ignore[assignment]
     return model.to(device=device, dtype=dtype).eval(), encoder
+
+
+def _merge_adapter(model: MiniGPT, folder: Path) -> None:
+    """Put an adapter into the weights, in float32."""
+    within = folder / "adapter"
+    load_adapter(model, within if is_adapter(within) and not is_adapter(folder) else folder)
+    set_adapter(model, DEFAULT_ADAPTER)
+    unload_lora(model)
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -246,7 +246,8 @@ def _load_init(init: Path, data: PackedDataset) -> MiniGPT:
             f"rows of {data.seq_len} tokens are longer than {init} was made for "
             f"({model.config.max_position_embeddings}); pack the data with a smaller --seq_len"
         )
-    masters = sorted(init.glob("*.pth"), key=lambda path: path.stat().st_mtime) if folder != init else []
+    files = [path for path in init.glob("*.pth") if not path.name.startswith("lora_")]  # those hold an adapter only
+    masters = sorted(files, key=lambda path: path.stat().st_mtime) if folder != init else []
     if masters:
         _load_masters(model, masters[-1])
     return model

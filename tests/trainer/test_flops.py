@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from minigpt.model.model_lora import apply_lora
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 from minigpt.trainer.flops import training_flops
 
@@ -21,6 +22,23 @@ def test_flops_are_those_that_pytorch_counts_on_an_unpadded_batch(kv_heads, tied
         model(ids, labels=ids).loss_sum.backward()
     ours = training_flops(model.config, tokens=B * T, labels=B * T, attention_pairs=B * T * T)
     assert ours == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_flops_of_an_adapter_beside_frozen_weights_are_those_that_pytorch_counts(rank):
+    """Within what the adapters of the first block save: the text has no gradient, so neither has their input."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = apply_lora(MiniGPT(MiniGPTConfig(vocab_size=320, intermediate_size=96, **shape)), rank=rank)
+    model.attention_backend = "reference"
+    B, T = 2, 24
+    ids = torch.randint(0, 320, (B, T))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss_sum.backward()
+    adapter_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts = {"tokens": B * T, "labels": B * T, "attention_pairs": B * T * T}
+    ours = training_flops(model.config, **counts, adapter_weights=adapter_weights)
+    assert ours - counter.get_total_flops() == 3 * 2 * rank * 32 * B * T
+    assert ours < training_flops(model.config, **counts)
 
 
 def test_padding_hidden_pairs_and_positions_without_label_earn_nothing():
