@@ -32,7 +32,8 @@ class VerifyOptions:
     """Run the check of a milestone of the guide.
 
     Args:
-        milestone: 1 tokenizer, 2 model, 3 datasets, 4 pretraining, 5 supervised fine-tuning, 6 chat, 8 reasoning.
+        milestone: 1 tokenizer, 2 model, 3 datasets, 4 pretraining, 5 supervised fine-tuning, 6 chat, 7 LoRA,
+            8 reasoning.
         save_dir: Where milestones 4 and 5 train; a run that is finished there is looked at, not trained again.
     """
 
@@ -163,6 +164,48 @@ def verify_chat(options: VerifyOptions) -> None:
     print(f"  你好 → {tokenizer.decode(answer, skip_special_tokens=True)!r}")
 
 
+def verify_lora(options: VerifyOptions) -> None:
+    """Milestone 7: a small adapter beside frozen weights changes nothing at first, learns, and can be merged."""
+    import torch
+
+    from minigpt.model.model_lora import apply_lora, lora_layers, merge_lora, unmerge_lora
+    from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+    from minigpt.model.peft_format import save_adapter
+
+    torch.manual_seed(0)
+    model = MiniGPT(MiniGPTConfig(hidden_size=256, num_hidden_layers=2))
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = sum(p.numel() for p in model.parameters())
+    ids_BT = torch.randint(0, 100, (4, 32))
+    before = model(ids_BT).logits
+    apply_lora(model, rank=8)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    expected = sum(8 * (layer.in_features + layer.out_features) for layer in lora_layers(model).values())
+    print(f"  {whole:,} parameters, {count:,} of the adapter are trained ({count / whole:.1%})")
+    _expect(count == expected, "these are r · (inputs + outputs) of every linear layer but the output layer")
+    _expect(torch.equal(model(ids_BT).logits, before), "a new adapter changes no bit of the logits: B is zero")
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(ids_BT, labels=ids_BT.roll(-1, 1)).loss_sum / ids_BT.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    _expect(losses[-1] < 0.8 * losses[0], f"the loss falls from {losses[0]:.2f} to {losses[-1]:.2f} in 20 steps")
+    state = model.state_dict()
+    _expect(all(torch.equal(state[n], tensor) for n, tensor in base.items()), "no bit of the model's weights has moved")
+    adapted = model(ids_BT).logits
+    difference = float((merge_lora(model)(ids_BT).logits - adapted).detach().abs().max())
+    _expect(difference <= 1e-5, f"merged into the weights it says the same (to {difference:.0e})")
+    unmerge_lora(model)
+    _expect(all(torch.equal(state[n], tensor) for n, tensor in base.items()), "and unmerging restores every bit")
+    with tempfile.TemporaryDirectory() as folder:
+        size = (save_adapter(model, folder) / "adapter_model.safetensors").stat().st_size
+    _expect(size < 5 * count, f"the adapter's file takes {size / 1e6:.2f} MB, the model's {4 * whole / 1e6:.1f} MB")
+
+
 def verify_reasoning(options: VerifyOptions) -> None:
     """Milestone 8: the four tags weigh 10 in a batch built by hand, of the guide's dataset and of packed rows."""
     from data_prep.pack import PackOptions, pack
@@ -214,6 +257,7 @@ MILESTONES: dict[int, tuple[str, Callable[[VerifyOptions], None]]] = {
     4: ("pretraining loop", verify_pretrain),
     5: ("supervised fine-tuning", verify_sft),
     6: ("inference and chat", verify_chat),
+    7: ("LoRA", verify_lora),
     8: ("reasoning", verify_reasoning),
 }
 

@@ -14,6 +14,7 @@ import pytest
 
 from minigpt.cli import VERBS, parse_options
 from minigpt.trainer.train_full_sft import SFTOptions
+from minigpt.trainer.train_lora import LoRATrainOptions
 from minigpt.trainer.train_pretrain import PretrainOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,8 +27,12 @@ HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
 SCRIPT_NAME = re.compile(r"[\w./-]*\w\.(?:py|sh)")
-SCRIPTS = {"trainer/train_pretrain.py": PretrainOptions, "trainer/train_full_sft.py": SFTOptions}
-STAGES = {"pretrain": PretrainOptions, "sft": SFTOptions}
+SCRIPTS = {
+    "trainer/train_pretrain.py": PretrainOptions,
+    "trainer/train_full_sft.py": SFTOptions,
+    "trainer/train_lora.py": LoRATrainOptions,
+}
+STAGES = {"pretrain": PretrainOptions, "sft": SFTOptions, "lora": LoRATrainOptions}
 GENERAL_FLAGS = {"--help", "--debug", "--config", "--print_config", "--version", "--batch_size"}
 LAUNCHER_FLAGS = {"--num_gpus", "--hostfile"}
 

@@ -69,6 +69,16 @@ with torch.no_grad():
     outputs = model.generate(input_ids, max_new_tokens=50)
 response = tokenizer.decode(outputs[0][len(input_ids[0]):], skip_special_tokens=True)
 """,
+    7: """
+import torch
+from model.model_minigpt import MiniGPT, MiniGPTConfig
+from model.model_lora import apply_lora
+model = MiniGPT(MiniGPTConfig(hidden_size=256, num_hidden_layers=2))
+print(sum(p.numel() for p in model.parameters()))
+apply_lora(model, rank=8)
+print(sum(p.numel() for p in model.parameters() if p.requires_grad))
+y = model(torch.randint(0, 100, (1, 10)))
+""",
 }
 PRETRAIN = "python trainer/train_pretrain.py --epochs 1 --batch_size 2 --save_dir ./out_test"
 SFT = "python trainer/train_full_sft.py --epochs 1 --batch_size 2 --save_dir ./out_sft_test"
@@ -139,6 +149,13 @@ def test_milestone_1_text_becomes_ids_and_comes_back(package):
 
 def test_milestone_2_the_model_gives_logits(package):
     assert run_script(package, 2, SCRIPTS[2]).strip() == "3245568"
+
+
+def test_milestone_7_an_adapter_of_rank_8_on_every_layer_but_the_output(package):
+    whole, trained = map(int, run_script(package, 7, SCRIPTS[7]).split())
+    attention, feed_forward = 4 * (256 + 256), 3 * (256 + 704)
+    assert trained == 2 * 8 * (attention + feed_forward)
+    assert whole == 2 * (256 * (4 * 256 + 3 * 704) + 2 * 256 + 2 * 32) + 256 + 6400 * 256
 
 
 def test_milestone_3_the_mask_is_1_over_the_answer_only(package):
@@ -222,7 +239,7 @@ print(json.dumps({"at tags": loss_mask[is_tag].tolist(), "elsewhere": sorted(set
     assert abs(told["loss"] - math.log(6400)) < 0.3  # the weighted mean of a model that knows nothing
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 8])
+@pytest.mark.parametrize("number", [1, 2, 3, 7, 8])
 def test_verify_runs_the_check_and_says_what_it_saw(number, capsys):
     main(["verify", str(number)])
     printed = capsys.readouterr().out
@@ -253,4 +270,4 @@ def test_verify_fails_when_a_run_is_not_what_it_should_be(tmp_path, capsys):
 
 
 def test_there_is_a_check_for_each_milestone_so_far():
-    assert {1, 2, 3, 4, 5, 6, 8} <= set(MILESTONES)
+    assert {1, 2, 3, 4, 5, 6, 7, 8} <= set(MILESTONES)
