@@ -36,7 +36,8 @@ class Sum:
 
     def steps(self, lang: Lang) -> str:
         """The written-out work: each place from the ones on, with its carry; then the result."""
-        work, carry = [], 0
+        work: list[str] = []
+        carry = 0
         columns = list(zip(reversed(str(self.a)), reversed(str(self.b)), strict=True))
         for place, (x, y) in zip(PLACES[lang], columns, strict=False):
             total = int(x) + int(y) + carry
