@@ -130,18 +130,22 @@ def _data_line(s: dict[str, float]) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train for ever on one kind of batches; a line with the counter of useful tokens after every step."""
+    from minigpt.model.attention import choose_backend
     from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
     from minigpt.trainer.engine import Engine, init_processes
     from minigpt.trainer.loop import to_tensors
+    from minigpt.trainer.options import TrainOptions
+    from minigpt.trainer.setup import configure_torch
     from minigpt.trainer.stage import StageModule, language_model_loss
 
     processes = init_processes()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    configure_torch(TrainOptions(threads=arguments.threads), processes)
     data = PackedDataset(arguments.data, "train")
     shape = {**CONFIG_S, "hidden_size": 64, "num_hidden_layers": 1} if arguments.smoke else CONFIG_S
     config = MiniGPTConfig(**{**shape, "max_position_embeddings": max(2048, data.seq_len)})
-    module = StageModule(MiniGPT(config), language_model_loss)
+    model = MiniGPT(config)
+    model.attention_backend = choose_backend(processes.device, data.seq_len, torch.bfloat16, arguments.compile)
+    module = StageModule(model, language_model_loss)
     engine = Engine(module, processes, dtype=torch.bfloat16, learning_rate=1e-3, compile=arguments.compile)
     if arguments.compile:
         compile_widths(engine, data.seq_len, arguments.task, arguments.bucket_multiple)
