@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from data_prep.pack import PackOptions
 from data_prep.tokenizer import TokenizerOptions
 from minigpt.errors import UserError
+
+if TYPE_CHECKING:
+    from minigpt.model.model_minigpt import MiniGPT
 
 
 @dataclass
@@ -77,41 +83,94 @@ class ExportOptions:
     Args:
         run: A run folder.
         output: The folder to write.
-        format: hf: a Hugging Face folder (config, safetensors, tokenizer). pth: a state dict for torch.load.
-        dtype: Precision of the weights.
+        format: hf: a Hugging Face folder (config, safetensors, tokenizer). pth: a state dict for torch.load. gguf: one
+            file for llama.cpp.
+        dtype: Precision of the weights; q8_0 (8 bits, blocks of 32 with a scale each) for gguf only.
     """
 
     run: Path
     output: Path = Path("export")
-    format: Literal["hf", "pth"] = "hf"
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    format: Literal["hf", "pth", "gguf"] = "hf"
+    dtype: Literal["bf16", "fp16", "fp32", "q8_0"] = "bf16"
 
 
 def export(options: ExportOptions) -> None:
     """Write the weights of a finished run from its float32 masters."""
     import torch
 
-    from minigpt.model.hf import load_generation_config
     from minigpt.model.model_minigpt import MiniGPT
 
+    if options.dtype == "q8_0" and options.format != "gguf":
+        raise UserError("--dtype q8_0 is for --format gguf; choose bf16, fp16 or fp32")
     folder = _model_folder(options.run)
     model = MiniGPT.from_pretrained(folder)
-    masters = sorted(options.run.glob("*.pth"), key=lambda path: path.stat().st_mtime)
+    masters = [path for path in options.run.glob("*.pth") if not path.name.startswith("lora_")]
     if masters:
-        model.load_state_dict(torch.load(masters[-1], map_location="cpu", weights_only=True))
-    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    if options.format == "hf":
-        model.save_pretrained(
-            options.output, dtype=dtype, tokenizer_folder=folder, generation_config=load_generation_config(folder)
-        )
-        print(f"written to {options.output}")
-        return
+        newest = max(masters, key=lambda path: path.stat().st_mtime)
+        model.load_state_dict(torch.load(newest, map_location="cpu", weights_only=True))
+    name = options.run.resolve().name
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{options.run.name}_{model.config.hidden_size}.pth"
-    partial = path.with_name(path.name + ".partial")
-    torch.save({name: tensor.to(dtype) for name, tensor in model.state_dict().items()}, partial)
-    partial.replace(path)
+    if options.format == "pth":
+        dtype = _TORCH_NAMES[options.dtype]
+        path = options.output / f"{name}_{model.config.hidden_size}.pth"
+        partial = path.with_name(path.name + ".partial")
+        torch.save({key: tensor.to(getattr(torch, dtype)) for key, tensor in model.state_dict().items()}, partial)
+        partial.replace(path)
+    elif options.format == "gguf":
+        path = _export_gguf(options, model, folder, name)
+    else:
+        path = _export_hf(options, model, folder)
     print(f"written to {path}")
+
+
+_TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def _export_hf(options: ExportOptions, model: MiniGPT, folder: Path) -> Path:
+    import torch
+
+    from minigpt.model.hf import load_generation_config
+
+    model.save_pretrained(
+        options.output,
+        dtype=getattr(torch, _TORCH_NAMES[options.dtype]),
+        tokenizer_folder=folder,
+        generation_config=load_generation_config(folder),
+    )
+    _write_card(options, model, options.output / "README.md")
+    return options.output
+
+
+def _export_gguf(options: ExportOptions, model: MiniGPT, folder: Path, name: str) -> Path:
+    from minigpt.dataset.chat_template import find_template
+    from minigpt.model.gguf import write_gguf
+    from minigpt.model.hf import load_generation_config
+
+    ends = load_generation_config(folder).get("eos_token_id")
+    path = write_gguf(
+        options.output / f"{name}-{options.dtype}.gguf",
+        model.config,
+        model.state_dict(),
+        folder,
+        dtype=options.dtype,
+        name=name,
+        chat_template=find_template(folder)[0],
+        eos_token_id=ends[0] if isinstance(ends, list) else ends,
+    )
+    _write_card(options, model, options.output / "README.md", path.name)
+    return path
+
+
+def _write_card(options: ExportOptions, model: MiniGPT, path: Path, file: str | None = None) -> None:
+    """The model card; a README of somebody else's stays."""
+    from minigpt.model.hf import config_to_hf
+    from minigpt.observe.model_card import MARK, model_card
+
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        print(f"{path} is not ours and stays as it is")
+        return
+    card = model_card(options.run, config_to_hf(model.config), model.num_parameters(), options.dtype, file)
+    path.write_text(card, encoding="utf-8")
 
 
 @dataclass
@@ -119,12 +178,14 @@ class ImportOptions:
     """Make a run of a Hugging Face folder, for `--init`, chat and generate.
 
     Args:
-        folder: A Qwen3 or Llama style folder: config.json, safetensors, tokenizer.
+        folder: A Qwen2, Qwen3 or Llama style folder: config.json, safetensors, tokenizer.
         output: The run folder to make.
+        chat_template: Jinja file of a chat template to use instead of the folder's; for base models without one.
     """
 
     folder: Path
     output: Path = Path("out/imported")
+    chat_template: Path | None = None
 
 
 def import_hf(options: ImportOptions) -> None:
@@ -133,10 +194,63 @@ def import_hf(options: ImportOptions) -> None:
 
     if options.output.exists() and any(options.output.iterdir()):
         raise UserError(f"{options.output} is not empty; give another --output")
-    if not (options.folder / "tokenizer.json").exists():
+    if options.folder.is_dir() and not (options.folder / "tokenizer.json").exists():
         raise UserError(f"{options.folder} has no tokenizer.json; add the model's tokenizer to the folder")
-    convert_hf_folder(options.folder, options.output / "hf")
+    is_new = not options.output.exists()
+    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=options.output, prefix=".partial-") as name:
+            folder = Path(name) / "hf"
+            convert_hf_folder(options.folder, folder)
+            _settle_chat_template(options, folder)
+            _write_import_summary(options, folder)
+            (folder / "summary.json").replace(options.output / "summary.json")
+            folder.rename(options.output / "hf")
+    except BaseException:
+        if is_new:
+            shutil.rmtree(options.output)
+        raise
     print(f"written to {options.output}; use it as --init {options.output} or with minigpt chat")
+
+
+def _settle_chat_template(options: ImportOptions, folder: Path) -> None:
+    """Make sure that chat works, or say that it does not. Errors: UserError for a template that cannot be used."""
+    from minigpt.dataset.chat import ChatEncoder
+    from minigpt.dataset.chat_template import find_template, shipped_template
+
+    if options.chat_template is not None:
+        if not options.chat_template.is_file():
+            raise UserError(f"--chat_template {options.chat_template} does not exist")
+        shutil.copyfile(options.chat_template, folder / "chat_template.jinja")
+    encoder = ChatEncoder(folder)
+    if encoder.template is not None:
+        assert encoder.im_end_id is not None  # renders a conversation, so that a template that cannot is found out now
+    elif not encoder.knows_chat:
+        print(
+            "the tokenizer has neither a chat template nor <|im_start|>: the model can continue text, but not be tuned "
+            "for chat before it gets the template of its family with --chat_template FILE"
+        )
+    elif find_template(folder)[0] is None:
+        (folder / "chat_template.jinja").write_text(shipped_template() or "", encoding="utf-8")
+        print("the tokenizer has no chat template; MiniGPT's (ChatML) is taken")
+
+
+def _write_import_summary(options: ImportOptions, folder: Path) -> None:
+    """What model cards and others want to know of where the weights came from."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    source = options.folder.resolve()
+    if source.parent.name == "snapshots":  # Hugging Face's cache: models--ORGANISATION--NAME/snapshots/REVISION
+        repository = source.parents[1].name.removeprefix("models--").replace("--", "/")
+        name = f"{repository}@{source.name}"
+    else:
+        name = source.name
+    summary = {
+        "stage": "import",
+        "source": name,
+        "architecture": config["architectures"][0],
+        "vocab_size": config["vocab_size"],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass
