@@ -120,10 +120,10 @@ def test_every_stage_packs_with_an_imported_tokenizer(folders, tmp_path):
     assert row.input_ids[: len(ids)].tolist() == ids
     pair = PackedDataset(tmp_path / "preference").row(0)
     prompt = encoder.encode(user)[0]
-    assert pair.prompt.tolist() == prompt
-    for side, text in ((pair.chosen, good), (pair.rejected, bad)):
+    assert pair.prompt_ids.tolist() == prompt
+    for side, text in ((pair.chosen_ids, good), (pair.rejected_ids, bad)):
         whole = encoder.encode([*user, {"role": "assistant", "content": text}])[0]
-        assert [*pair.prompt.tolist(), *side.tolist()] == whole
+        assert [*pair.prompt_ids.tolist(), *side.tolist()] == whole
     asked = PackedDataset(tmp_path / "prompt").row(0)
     assert asked.prompt_ids.tolist() == encoder.encode_prompt(user)
 
