@@ -3,7 +3,7 @@
     RUN/checkpoints/step_00000100/
         engine/…          weights, masters and optimizer state, one file a rank (written by the engine)
         rng_00000.pt …    random state, one file a rank
-        state.json        step, samples consumed, options, data fingerprint, versions
+        state.json        step, samples consumed, options, data fingerprint, versions, number of ranks
         manifest.json     SHA-256 of every file above, written last
 
 Everything is written under a temporary name, synced to disk and renamed: a process killed at any moment leaves either
@@ -56,7 +56,7 @@ def save(engine: Engine, run: Path, state: dict[str, Any], keep: int) -> Path:
         torch.save(_rng_state(), partial / f"rng_{rank:05d}.pt")
         engine.barrier()
         if rank == 0:
-            _seal(partial, state)
+            _seal(partial, {**state, "world_size": engine.world_size})
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
@@ -151,13 +151,18 @@ def newest_good(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, 
 def load(engine: Engine, folder: Path) -> None:
     """Put a verified checkpoint's weights, optimizer state and random state back. All ranks call it.
 
+    At another world size than it was written at, the random streams of its ranks have no ranks to go on in: each rank
+    gets a new one, a function of rank 0's saved state and its own number.
+
     Errors: UserError when a file holds anything but tensors and plain values; nothing in it is executed.
     """
-    path = folder / f"rng_{engine.processes.rank:05d}.pt"
+    rank, written_by = engine.processes.rank, json.loads((folder / STATE).read_text())["world_size"]
     try:
-        engine.load_state(folder)
-        if path.exists():
-            _set_rng_state(torch.load(path, weights_only=True))
+        engine.load_state(folder, written_by)
+        if written_by == engine.world_size:
+            _set_rng_state(torch.load(folder / f"rng_{rank:05d}.pt", weights_only=True))
+        else:
+            _start_stream(torch.load(folder / "rng_00000.pt", weights_only=True), rank)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{folder} holds objects that a training state has no use for, so it was not loaded; delete that folder "
@@ -170,6 +175,12 @@ def _rng_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def _start_stream(state: dict[str, torch.Tensor], rank: int) -> None:
+    """Seed this rank's generators from the state of another run's rank 0, differently for each rank."""
+    digest = hashlib.sha256(state["cpu"].numpy().tobytes() + rank.to_bytes(4, "little")).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def _set_rng_state(state: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ caller is settled here once:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -89,6 +90,9 @@ class StepResult:
 class Engine:
     """A module that computes a loss, its optimizer state, and how both are spread over the processes.
 
+    Parameters that require no gradient are frozen: they have no master, no optimizer state and no place in checkpoints.
+    `frozen_hash` is the SHA-256 of their float32 values, None when all are trained.
+
     Args:
         module: Called with a batch (keyword arguments), returns the *summed* loss: a scalar, or the first entry of a
             vector whose other entries are sums of something else that is to be known.
@@ -126,6 +130,10 @@ class Engine:
         self.zero_stage: int = self.config["zero_optimization"]["stage"]
         module = module.to(self.device)
         masters = {name: p.detach().float().cpu().clone() for name, p in module.named_parameters()}
+        frozen = {name: masters[name] for name, p in module.named_parameters() if not p.requires_grad}
+        self.frozen_hash = _hash_of(frozen) if frozen else None
+        # In bf16 the compute copy of a frozen weight has lost bits that no master keeps
+        self._frozen = frozen if processes.rank == 0 and dtype != torch.float32 else {}
         module = module.to(dtype)
         optimizer = self._make_optimizer(module, optimizer_name, learning_rate, betas, weight_decay, dtype)
         if self.zero_stage == 0:
@@ -215,8 +223,9 @@ class Engine:
         weights = {}
         for name, parameter in self.module.named_parameters():
             full = parameter.data if self.zero_stage == 0 else safe_get_full_fp32_param(parameter)
-            if full is None:  # frozen: it has no master, the compute copy is all there is
+            if full is None:  # frozen: it has no master
                 full = self._gathered(parameter)
+            full = self._frozen.get(name, full)
             if self.processes.rank == 0:
                 weights[name] = full.detach().float().cpu().view(self._full_shape(parameter)).clone()
         return weights
@@ -247,25 +256,96 @@ class Engine:
             self._engine.destroy()
 
     def save_state(self, folder: Path) -> None:
-        """Write the weights, masters and optimizer state of all ranks into `folder`. All ranks call it."""
-        with _quiet():
-            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        """Write the weights, masters and optimizer state of all ranks into `folder`. All ranks call it.
+
+        Frozen weights are left out: they are where they came from, and `frozen_hash` says which they were.
+        """
+        hook = self.module.register_state_dict_post_hook(_drop_frozen)  # DeepSpeed's own filter forgets tied weights
+        try:
+            with _quiet():
+                self._engine.save_checkpoint(
+                    str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=bool(self.frozen_hash)
+                )
+        finally:
+            hook.remove()
         if self.processes.rank == 0:
             for script in folder.glob("zero_to_*.py"):  # DeepSpeed's copy of its own converters; ours is `export`
                 script.unlink()
 
-    def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote, at the same world size. The files must have been verified before.
+    def load_state(self, folder: Path, written_by: int) -> None:
+        """Read what `save_state` wrote. The files must have been verified before. All ranks call it.
 
         The optimizer's state is the checkpoint's, its hyperparameters are those that this engine was made with.
+
+        Args:
+            folder: As for `save_state`.
+            written_by: How many processes wrote it; at stages 0 to 2 it may be another number than there are now.
+
+        Errors: UserError when there is no such state, or its layout belongs to that number of processes.
         """
+        recut = self.zero_stage > 0 and written_by != self.world_size
+        if recut:
+            self._check_recuttable(written_by)
         ours = [{name: group[name] for name in ("betas", "weight_decay")} for group in self._optimizer.param_groups]
         with _quiet():
-            path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+            path, _ = self._engine.load_checkpoint(
+                str(folder),
+                tag="engine",
+                load_optimizer_states=not recut,
+                load_module_strict=self.frozen_hash is None,
+            )
+            if path is None:
+                raise UserError(f"{folder} holds no DeepSpeed state; delete the folder or start with --resume never")
+            if recut:
+                self._load_recut(folder / "engine", written_by)
         for group, values in zip(self._optimizer.param_groups, ours, strict=True):
             group.update(values)
-        if path is None:
-            raise UserError(f"{folder} holds no DeepSpeed state; delete the folder or start with --resume never")
+        if self.zero_stage > 0:
+            self._optimizer.clip_grad = self.config["gradient_clipping"]
+
+    def _check_recuttable(self, written_by: int) -> None:
+        zero = self.config["zero_optimization"]
+        layouts = [
+            name for name in ("round_robin_gradients", "parameter_alignment", "elastic_checkpoint") if zero.get(name)
+        ]
+        if self.zero_stage == 3 or layouts:
+            what = "ZeRO stage 3" if self.zero_stage == 3 else f"{layouts[0]} in the DeepSpeed configuration"
+            raise UserError(
+                f"the checkpoint was written by {written_by} processes, now there are {self.world_size}, and {what} "
+                "ties it to their number; start as many, or start anew with --overwrite"
+            )
+
+    def _load_recut(self, folder: Path, written_by: int) -> None:
+        """Masters and optimizer state at stage 1 or 2, from the files of another number of processes.
+
+        Both stages lay the parameters of a group end to end and give each rank an equal part of that line, padded at
+        its end. The line is the same for any number of processes, so its parts are cut anew; DeepSpeed then loads
+        this rank's as if it had written them.
+        """
+        zero = self._optimizer  # bf16 at stage 1 has a class of its own
+        groups = zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
+        masters, lines = "single_partition_of_fp32_groups", {}
+        for rank in range(written_by):  # one file in memory at a time
+            (path,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_*_optim_states.pt")
+            saved = _load_safely(path, "cpu")["optimizer_state_dict"]
+            moments = saved["base_optimizer_state"]["state"]  # by group: one flat parameter of the inner optimizer each
+            for group, parameters in enumerate(groups):
+                for name, piece in {masters: saved[masters][group], **moments.get(group, {})}.items():
+                    if piece.dim() == 0:  # AdamW's step, the same on every rank
+                        lines[group, name] = piece
+                        continue
+                    if rank == 0:
+                        (ours,) = zero.param_groups[group]["params"]
+                        total = sum(parameter.numel() for parameter in parameters)
+                        lines[group, name] = PartOfLine(total, self.processes.rank, ours.numel(), piece.dtype)
+                    lines[group, name].take(piece)
+        parts = {key: line.part if isinstance(line, PartOfLine) else line for key, line in lines.items()}
+        saved["base_optimizer_state"]["state"] = {
+            group: {name: part for (g, name), part in parts.items() if g == group and name != masters}
+            for group in moments
+        }
+        saved[masters] = [parts[group, masters] for group in range(len(groups))]
+        zero.load_state_dict([saved] * self.world_size, load_optimizer_states=True, load_from_fp32_weights=True)
 
 
 class _Stage0Guard:
@@ -287,6 +367,48 @@ class _Stage0Guard:
             for p in parameters:
                 p.grad = None  # AdamW passes over parameters without a gradient
         self.result = StepResult(applied, float(norm) if applied else float("inf"))
+
+
+class PartOfLine:
+    """One of equal parts of a line of numbers, taken from pieces into which the line was cut otherwise.
+
+    Args:
+        total: Elements of the line; what follows, in a part or in a piece, is padding.
+        index: Number of the part.
+        length: Its elements.
+        dtype: Theirs.
+
+    Attributes:
+        part: The part, with zeros as padding, once all pieces were taken.
+    """
+
+    def __init__(self, total: int, index: int, length: int, dtype: torch.dtype) -> None:
+        self.part = torch.zeros(length, dtype=dtype)
+        self._first, self._last = index * length, min((index + 1) * length, total)
+        self._position = 0
+
+    def take(self, piece: torch.Tensor) -> None:
+        """Copy what belongs to the part from the next piece."""
+        begin, end = max(self._first, self._position), min(self._last, self._position + len(piece))
+        if begin < end:
+            self.part[begin - self._first : end - self._first] = piece[begin - self._position : end - self._position]
+        self._position += len(piece)
+
+
+def _hash_of(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names and float32 values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Take frozen parameters out of a state dict, under all of their names."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state_dict.pop(prefix + name, None)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -347,15 +469,21 @@ def _quiet() -> Iterator[None]:
 
 def _safe_checkpoint_engine() -> Any:
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class SafeCheckpointEngine(TorchCheckpointEngine):
+        """Reads by `_load_safely`."""
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return _load_safely(path, map_location)
+
+    return SafeCheckpointEngine()
+
+
+def _load_safely(path: str | Path, map_location: Any) -> Any:
+    """Read without running code from the file: tensors, plain containers and three classes of DeepSpeed."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    class SafeCheckpointEngine(TorchCheckpointEngine):
-        """Reads without running code from the file: tensors, plain containers and three classes of DeepSpeed."""
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-    return SafeCheckpointEngine()
+    with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
+        return torch.load(path, map_location=map_location, weights_only=True)

@@ -8,6 +8,7 @@ world size.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import signal
@@ -101,7 +102,7 @@ class Trainer:
         network: What is trained: the model, with adapters in it or another head on it (see `Stage.network`).
         origin: In words, where its weights are from.
         engine: Holds the network, its optimizer and their state.
-        micro_batch: Samples in one forward pass.
+        micro_batch: Rows in one forward pass.
     """
 
     stage: Stage
@@ -118,11 +119,15 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         options, run = self.options, self.run_folder
         self.tasks = self._read_tasks()
-        self.micro_batch = micro_batch_size(options, self.processes, self.data.seq_len)
+        self.micro_batch = self.stage.micro_batch_size(self.data, options, self.processes)
         self.total_steps = total_steps(options, len(self.data))
         dtype = compute_dtype(options, self.processes.device)
         tokens = self.total_steps * options.global_batch_size * self.data.seq_len / self.processes.world_size
-        run_flops = training_flops(self.network.config, tokens=tokens, labels=tokens, attention_pairs=0)
+        trained = {name: p.shape for name, p in self.network.named_parameters() if p.requires_grad}
+        self.trained_layout = hashlib.sha256(repr(sorted(trained.items())).encode()).hexdigest()
+        frozen = any(not p.requires_grad for p in self.network.parameters())
+        self.adapter_weights = sum(shape.numel() for shape in trained.values()) if frozen else None
+        run_flops = self._flops(tokens=tokens, labels=tokens, attention_pairs=0)
         self.engine = Engine(
             StageModule(self.network, self.stage.loss),
             self.processes,
@@ -175,6 +180,9 @@ class Trainer:
         checkpoint.load(self.engine, folder)
         self.progress = _Progress(**state["progress"])
         self.run_folder.say(f"resuming from {folder} at step {self.progress.step} of {self.total_steps}")
+        before, now = state["world_size"], self.processes.world_size
+        if before != now:
+            self.run_folder.say(f"it was written by {before} processes, now {now}: same samples, other rounding")
 
     def engine_broadcast(self, value: Any) -> Any:
         """Rank 0's value on all ranks."""
@@ -208,7 +216,7 @@ class Trainer:
             seconds = time.monotonic() - started
             started += seconds
             progress.seconds += seconds
-            flops = training_flops(self.network.config, tokens=tokens, labels=labels, attention_pairs=pairs)
+            flops = self._flops(tokens=tokens, labels=labels, attention_pairs=pairs)
             self.speed.add(tokens, flops, seconds)
             if progress.step % options.log_interval == 0 or progress.step in (1, self.total_steps):
                 named = dict(zip(self.stage.metrics, metrics, strict=True))
@@ -235,6 +243,9 @@ class Trainer:
             warmup_ratio=self.options.warmup_ratio,
             min_ratio=self.options.min_lr_ratio,
         )
+
+    def _flops(self, **counts: float) -> float:
+        return training_flops(self.network.config, adapter_weights=self.adapter_weights, **counts)
 
     def _step_batches(self) -> Iterator[list[Batch]]:
         return self.stage.step_batches(
@@ -318,7 +329,8 @@ class Trainer:
             "zero_stage": self.engine.zero_stage,
             "precision": str(self.engine.dtype).removeprefix("torch."),
             "optimizer": self.engine.optimizer_name,
-            "world_size": self.processes.world_size,
+            "trained_layout": self.trained_layout,
+            "frozen_hash": self.engine.frozen_hash,
         }
 
     def _finish(self, result: dict[str, float]) -> dict[str, Any]:
@@ -343,37 +355,13 @@ class Trainer:
         return summary
 
     def _description(self, dtype: torch.dtype) -> str:
-        o, p = self.options, self.processes
-        accumulation = o.global_batch_size // (self.micro_batch * p.world_size)
-        batch = f"{o.global_batch_size} rows = {self.micro_batch} a pass × {accumulation} passes × {p.world_size} ranks"
-        rows = f"{len(self.data):,} rows of {self.data.seq_len} tokens"
+        o = self.options
         steps = f"{self.total_steps:,} steps = {self.total_steps * o.global_batch_size / len(self.data):.2f} epochs"
         kind = str(dtype).removeprefix("torch.")
         compiled = ", compiled" if self.engine.compiled else ""
         size = f"{self.network.num_parameters() / 1e6:.2f}M parameters ({self.origin})"
         how = f"{kind}{compiled}, {self.engine.optimizer_name}, ZeRO stage {self.engine.zero_stage}"
-        return f"{size}; {rows}; global batch {batch}; {steps}; {how}"
-
-
-def micro_batch_size(options: TrainOptions, processes: Processes, seq_len: int) -> int:
-    """Rows of one forward pass: as asked for, or the largest that divides a rank's share and fits a sensible pass.
-
-    Errors: UserError when the global batch does not divide.
-    """
-    per_rank, rest = divmod(options.global_batch_size, processes.world_size)
-    if rest or not per_rank:
-        raise UserError(
-            f"--global_batch_size {options.global_batch_size} does not divide among {processes.world_size} processes"
-        )
-    if options.micro_batch_size is not None:
-        if per_rank % options.micro_batch_size:
-            raise UserError(
-                f"--micro_batch_size {options.micro_batch_size} does not divide the {per_rank} rows of a process "
-                f"(--global_batch_size {options.global_batch_size} over {processes.world_size} processes)"
-            )
-        return options.micro_batch_size
-    limit = max(1, (4096 if processes.device.type == "cpu" else 32768) // seq_len)
-    return max(size for size in range(1, per_rank + 1) if per_rank % size == 0 and (size <= limit or size == 1))
+        return f"{size}; {self.stage.batch_description(self)}; {steps}; {how}"
 
 
 def total_steps(options: TrainOptions, rows: int) -> int:

@@ -107,7 +107,7 @@ class Run:
             state: The checkpoint's.
             data: What is trained on now.
             network: What is trained now.
-            engine: ZeRO stage, precision, optimizer and world size of now.
+            engine: ZeRO stage, precision and optimizer of now.
         """
         now = self.identity(data, network)
         remedy = "start anew with --overwrite, or give another --save_dir"
@@ -125,10 +125,15 @@ class Run:
                     f"the checkpoint in {self.folder} was made with {what} {state[key]}, now it is {engine[key]}; "
                     f"take the same, or {remedy}"
                 )
-        if state["world_size"] != engine["world_size"]:
+        if state.get("trained_layout", engine["trained_layout"]) != engine["trained_layout"]:
             raise UserError(
-                f"the checkpoint in {self.folder} was written by {state['world_size']} processes, now there are "
-                f"{engine['world_size']}; start as many, or {remedy}"
+                f"the checkpoint in {self.folder} trains other weights than these options: take the --lora_rank, "
+                f"--lora_targets and --lora_dora that it was made with, or {remedy}"
+            )
+        if state.get("frozen_hash") != engine["frozen_hash"]:
+            raise UserError(
+                f"the checkpoint in {self.folder} belongs to other frozen weights than those that --init gives now; "
+                f"give the --init that it was made with, or {remedy}"
             )
         changed = {k: (state["options"].get(k), v) for k, v in now["options"].items() if state["options"].get(k) != v}
         for key, (old, new) in changed.items():
@@ -143,7 +148,8 @@ class Run:
 
         options = json.loads(json.dumps(asdict(self.options), default=str))
         write_text(self.folder / "config.yaml", yaml.safe_dump({"stage": self.stage, **options}, sort_keys=False))
-        self.peak = peak_flops(device, dtype)
+        with torch.random.fork_rng():  # measuring draws random numbers, and a resumed run's were restored already
+            self.peak = peak_flops(device, dtype)
         print(f"{self.stage}: {description}", flush=True)
         self._logger = RunLogger(
             self.folder,

@@ -22,11 +22,13 @@ from minigpt.dataset.shards import (
     sequential_batches,
     token_statistics,
 )
+from minigpt.errors import UserError
 from minigpt.model.model_minigpt import MiniGPT
 
 from .weights import write_language_model
 
 if TYPE_CHECKING:
+    from .engine import Processes
     from .loop import Trainer
     from .options import TrainOptions
 
@@ -69,6 +71,18 @@ class Stage:
         call.
         """
         return language_model_loss(network, **batch)
+
+    def micro_batch_size(self, data: PackedDataset, options: TrainOptions, processes: Processes) -> int:
+        """Rows of one forward pass. Errors: UserError when the global batch does not divide."""
+        return micro_batch_size(options, processes, data.seq_len)
+
+    def batch_description(self, trainer: Trainer) -> str:
+        """What is trained on and how a step is cut, for the line at the start of a run."""
+        total, rows, world_size = trainer.options.global_batch_size, trainer.micro_batch, trainer.processes.world_size
+        return (
+            f"{len(trainer.data):,} rows of {trainer.data.seq_len} tokens; global batch {total} rows = {rows} a pass × "
+            f"{total // (rows * world_size)} passes × {world_size} ranks"
+        )
 
     def before_training(self, trainer: Trainer) -> None:
         """Called once the engine holds the initial weights, before anything is resumed or trained."""
@@ -175,6 +189,32 @@ def language_model_loss(model: MiniGPT, **batch: torch.Tensor) -> torch.Tensor:
     loss_sum = model(**batch).loss_sum
     assert loss_sum is not None
     return loss_sum
+
+
+def tokens_per_pass(device: torch.device) -> int:
+    """Positions of a forward pass that keep a device busy and fit into its memory at most sizes of model."""
+    return 4096 if device.type == "cpu" else 32768
+
+
+def micro_batch_size(options: TrainOptions, processes: Processes, seq_len: int) -> int:
+    """Rows of one forward pass: as asked for, or the largest that divides a rank's share and fits a sensible pass.
+
+    Errors: UserError when the global batch does not divide.
+    """
+    per_rank, rest = divmod(options.global_batch_size, processes.world_size)
+    if rest or not per_rank:
+        raise UserError(
+            f"--global_batch_size {options.global_batch_size} does not divide among {processes.world_size} processes"
+        )
+    if options.micro_batch_size is not None:
+        if per_rank % options.micro_batch_size:
+            raise UserError(
+                f"--micro_batch_size {options.micro_batch_size} does not divide the {per_rank} rows of a process "
+                f"(--global_batch_size {options.global_batch_size} over {processes.world_size} processes)"
+            )
+        return options.micro_batch_size
+    limit = max(1, tokens_per_pass(processes.device) // seq_len)
+    return max(size for size in range(1, per_rank + 1) if per_rank % size == 0 and (size <= limit or size == 1))
 
 
 class StageModule(nn.Module):

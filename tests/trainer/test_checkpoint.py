@@ -160,12 +160,24 @@ def test_another_shape_precision_optimizer_or_zero_stage_is_refused(interrupted,
     assert "ZeRO stage 1, now it is 2" in refused(minigpt, interrupted, *data, "--deepspeed", zero2)
 
 
-def test_another_number_of_processes_is_refused(interrupted, packed, minigpt):
+@pytest.mark.parametrize(
+    ("stage", "layout", "named"),
+    [(3, {}, "ZeRO stage 3"), (1, {"round_robin_gradients": True}, "round_robin_gradients")],
+)
+def test_another_number_of_processes_is_refused_where_the_layout_depends_on_it(
+    stage, layout, named, interrupted, packed, tmp_path, minigpt
+):
     checkpoint = interrupted / "checkpoints" / "step_00000003"
     state = json.loads((checkpoint / "state.json").read_text())
-    (checkpoint / "state.json").write_text(json.dumps({**state, "world_size": 4}))
+    written = {**state, "world_size": 4, "zero_stage": stage, "optimizer": "adamw"}
+    (checkpoint / "state.json").write_text(json.dumps(written))
     forge_manifest(checkpoint)
-    assert "written by 4 processes, now there are 1" in refused(minigpt, interrupted, "--data", packed)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage, "overlap_comm": False, **layout}}))
+    arguments = ("--data", packed, "--deepspeed", config, "--optimizer", "adamw")
+    sentence = refused(minigpt, interrupted, *arguments)
+    assert "written by 4 processes, now there are 1" in sentence
+    assert named in sentence
 
 
 def test_a_changed_learning_rate_is_said_and_taken(interrupted, packed, train):
@@ -183,7 +195,7 @@ def test_a_changed_hyperparameter_of_the_optimizer_is_taken_not_only_said(stage,
     config = ("--deepspeed", Path(__file__).parents[2] / "ds_configs" / f"zero{stage}.json")
     whole = tmp_path / "whole"
     train("pretrain", "--data", packed, "--save_dir", whole, *INTERRUPTED, *config)
-    for name, value in (("--weight_decay", 30.0), ("--beta1", 0.0), ("--beta2", 0.0)):
+    for name, value in (("--weight_decay", 30.0), ("--beta1", 0.0), ("--beta2", 0.0), ("--grad_clip", 0.01)):
         run = tmp_path / name
         shutil.copytree(whole, run)
         shutil.rmtree(run / "checkpoints" / "step_00000004")

@@ -14,8 +14,9 @@ from minigpt.dataset.shards import GlobalOrder, PackedDataset, collate
 from minigpt.errors import UserError
 from minigpt.model.model_minigpt import FeedForward, MiniGPT, MiniGPTConfig
 from minigpt.trainer.engine import Processes
-from minigpt.trainer.loop import micro_batch_size, total_steps
+from minigpt.trainer.loop import total_steps
 from minigpt.trainer.options import TrainOptions
+from minigpt.trainer.stage import micro_batch_size
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 STEPS, ROWS = 6, 4
