@@ -192,7 +192,7 @@ def collate_pairs(
         last_tokens int64 [P, 2]: position of each document's last token in the flattened batch, -1 in empty slots;
         pair_weights float32 [P]: 1, or 0 in an empty slot; pair_indices int64 [P]: -1 in an empty slot.
     """
-    batch = {
+    batch: Batch = {
         "input_ids": np.zeros((rows, seq_len), dtype=np.int64),
         "labels": np.full((rows, seq_len), NO_LABEL, dtype=np.int64),
         "position_ids": np.zeros((rows, seq_len), dtype=np.int64),

@@ -25,8 +25,7 @@ from torch import nn
 
 from minigpt.errors import UserError
 
-from .cross_entropy import linear_cross_entropy
-from .model_minigpt import LMHead
+from .model_minigpt import LMHead, judge_labels
 
 DEFAULT_ADAPTER = "default"
 # For fewer tokens than this the sum W + s·B A costs more than the two thin products of the branch beside W.
@@ -165,15 +164,12 @@ class LoRA(nn.Linear):
 
 
 class LoRAHead(LoRA):
-    """An output layer with adapters; with labels it returns the summed loss, as `LMHead` does."""
+    """An output layer with adapters; with labels it returns what `LMHead` does."""
 
-    def forward(self, x_BTE, labels_BT=None, weights_BT=None) -> torch.Tensor:
+    def forward(self, x_BTE, labels_BT=None, weights_BT=None, reduction: str = "sum") -> torch.Tensor:
         if labels_BT is None:
             return super().forward(x_BTE)
-        if weights_BT is None:
-            weights_BT = torch.ones_like(labels_BT, dtype=torch.float32)
-        weight = self.adapted_weight()
-        return linear_cross_entropy(x_BTE.flatten(0, 1), weight, labels_BT.flatten(), weights_BT.flatten())
+        return judge_labels(self.adapted_weight(), x_BTE, labels_BT, weights_BT, reduction)
 
 
 class _LowRankLinear(torch.autograd.Function):

@@ -289,12 +289,16 @@ class LMHead(nn.Linear):
     def forward(self, x_BTE, labels_BT=None, weights_BT=None, reduction: str = "sum") -> torch.Tensor:
         if labels_BT is None:
             return super().forward(x_BTE)
-        if reduction == "none":
-            log_probs_N = linear_log_probs(x_BTE.flatten(0, 1), self.weight, labels_BT.flatten())
-            return log_probs_N.view(labels_BT.shape)
-        if weights_BT is None:
-            weights_BT = torch.ones_like(labels_BT, dtype=torch.float32)
-        return linear_cross_entropy(x_BTE.flatten(0, 1), self.weight, labels_BT.flatten(), weights_BT.flatten())
+        return judge_labels(self.weight, x_BTE, labels_BT, weights_BT, reduction)
+
+
+def judge_labels(weight_VE, x_BTE, labels_BT, weights_BT=None, reduction: str = "sum") -> torch.Tensor:
+    """What an output layer makes of labels: their summed loss, or the log-probability of each one."""
+    if reduction == "none":
+        return linear_log_probs(x_BTE.flatten(0, 1), weight_VE, labels_BT.flatten()).view(labels_BT.shape)
+    if weights_BT is None:
+        weights_BT = torch.ones_like(labels_BT, dtype=torch.float32)
+    return linear_cross_entropy(x_BTE.flatten(0, 1), weight_VE, labels_BT.flatten(), weights_BT.flatten())
 
 
 class MiniGPT(DecoderModel):

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from minigpt.errors import UserError
+from minigpt.model.model_critic import ScalarHead
 from minigpt.model.model_minigpt import LMHead
 
 from .muon import MUON, MuonWithAdamW
@@ -413,7 +414,7 @@ def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, loc
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices decay; norms, biases, embeddings and the output layer do not."""
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, LMHead))}
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, LMHead, ScalarHead))}
     trainable = [p for p in module.parameters() if p.requires_grad]
     decay = [p for p in trainable if p.dim() >= 2 and id(p) not in embeddings]
     chosen = {id(p) for p in decay}
