@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,33 +136,36 @@ class RawText:
     def run(
         self, model: MiniGPT, encoder: ChatEncoder, settings: Settings, progress: Progress | None = None
     ) -> TaskResult:
-        """See `Task.run`; `settings.limit` counts documents."""
-        texts = self.texts[: settings.limit]
-        longest = model.config.max_position_embeddings
-        context = min(settings.context or LONGEST_WINDOW, longest)
-        documents = [[*ids, encoder.eos_id] for ids in encoder.encode_texts(texts)]
-        windows = [(i, *window) for i, ids in enumerate(documents) for window in _windows(len(ids) - 1, context)]
-        windows.sort(key=lambda window: window[2] - window[1])  # neighbours pad each other least
-        nll = np.zeros(len(documents))
-        done, rows = 0, max(1, ROWS_TOKENS // context)
-        while done < len(windows):
-            chosen = windows[done : done + rows]
-            width = max(end - start for _, start, end, _ in chosen)
-            ids_BT = np.zeros((len(chosen), width), dtype=np.int64)
-            labels_BT = np.full((len(chosen), width), -100, dtype=np.int64)
-            for row, (i, start, end, first) in enumerate(chosen):
-                ids_BT[row, : end - start] = documents[i][start:end]
-                labels_BT[row, first - start : end - start] = documents[i][first + 1 : end + 1]
-            np.subtract.at(nll, [i for i, *_ in chosen], _log_probs(model, ids_BT, labels_BT).sum(1))
-            done += len(chosen)
+        """See `Task.run`; `settings.limit` counts windows, of which a short document is one."""
+        context = min(settings.context or LONGEST_WINDOW, model.config.max_position_embeddings)
+        chosen = list(islice(self._windows(encoder, context), settings.limit))
+        lengths = _token_bytes(encoder)
+        nll, tokens, n_bytes = np.zeros(len(chosen)), np.zeros(len(chosen), np.int64), np.zeros(len(chosen), np.int64)
+        by_length = sorted(range(len(chosen)), key=lambda i: len(chosen[i][0]))  # neighbours pad each other least
+        rows = max(1, ROWS_TOKENS // context)
+        for first in range(0, len(chosen), rows):
+            batch = by_length[first : first + rows]
+            width = max(len(chosen[i][0]) for i in batch) - 1
+            ids_BT = np.zeros((len(batch), width), dtype=np.int64)
+            labels_BT = np.full((len(batch), width), -100, dtype=np.int64)
+            for row, i in enumerate(batch):
+                ids, scored = chosen[i]
+                ids_BT[row, : len(ids) - 1] = ids[:-1]
+                labels_BT[row, scored - 1 : len(ids) - 1] = ids[scored:]
+                tokens[i], n_bytes[i] = len(ids) - scored, lengths[ids[scored:]].sum()
+            nll[batch] = -_log_probs(model, ids_BT, labels_BT).sum(1)
             if progress is not None:
-                progress(done, len(windows))
-        tokens = np.array([len(ids) - 1 for ids in documents])
-        first_bytes = [len(encoder.tokenizer.id_to_token(ids[0])) if len(ids) > 1 else 0 for ids in documents]
-        n_bytes = np.array([len(text.encode()) for text in texts]) - np.array(first_bytes)
+                progress(first + len(batch), len(chosen))
         result = TextCost(nll, tokens, n_bytes).result(self.name)
-        result.details["context"] = context
+        result.details.update(documents=len(self.texts), context=context)
         return result
+
+    def _windows(self, encoder: ChatEncoder, context: int) -> Iterator[tuple[list[int], int]]:
+        """The windows of all documents: up to `context` + 1 ids, and the number of the first id that is scored."""
+        for text in self.texts:
+            ids = [*encoder.encode_text(text), encoder.eos_id]
+            for start, end, scored in _windows(len(ids) - 1, context):
+                yield ids[start : end + 1], scored + 1 - start
 
 
 def _windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -171,6 +175,15 @@ def _windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
         end = min(start + context, length)
         yield start, end, scored
         start, scored = start + max(1, context // 2), end
+
+
+def _token_bytes(encoder: ChatEncoder) -> np.ndarray:
+    """UTF-8 bytes of each id of a byte-level vocabulary (a character of an entry is a byte); 0 for added tokens."""
+    lengths = np.zeros(encoder.vocab_size, dtype=np.int64)
+    for token, index in encoder.tokenizer.get_vocab(with_added_tokens=False).items():
+        lengths[index] = len(token)
+    lengths[list(encoder.tokenizer.get_added_tokens_decoder())] = 0
+    return lengths
 
 
 def _read_texts(file: Path) -> list[str]:

@@ -39,7 +39,7 @@ class EvalOptions:
             (without a path: the validation split of the run's data). questions: prompt records with answers. gsm8k,
             countdown: files in the layout of these sets. arc: multiple choice, jsonl. cmmlu, ceval: multiple choice,
             csv or a folder of them. None: what fits the run.
-        limit: Only the first so many questions or texts of each file.
+        limit: Only the first so many questions of each file, or windows over its texts.
         max_new_tokens: A reply is cut here.
         samples: Replies sampled for each question; above 1, pass@k is reported.
         k: pass@k for these k. None: 1 and the number of samples.
@@ -108,7 +108,8 @@ def evaluate(options: EvalOptions) -> list[TaskResult]:
         write_atomically(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
         results.append(result)
     _show(results)
-    print(f"written to {folder}; `minigpt report {run}` shows them with samples")
+    reported = (folder.parent / "metrics.jsonl").exists()
+    print(f"written to {folder}" + (f"; `minigpt report {folder.parent}` shows them with samples" if reported else ""))
     return results
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from minigpt.errors import UserError
 
 from .answers import Accuracy, group_accuracy, is_correct, pass_at_k, read_prompt_records
-from .task import Metric, Progress, Settings, TaskResult, fingerprint, keep_samples
+from .task import Metric, Progress, Settings, TaskResult, fingerprint, keep_samples, task_name
 
 if TYPE_CHECKING:
     from minigpt.dataset.chat import ChatEncoder
@@ -70,7 +70,7 @@ class ExactAnswer:
         other = next((r["verifier"] for r in records if wanted and r["verifier"] != wanted), None)
         if other is not None:
             raise UserError(f"{path} holds answers for the verifier {other!r}, not {wanted!r}: use questions:{path}")
-        name = f"{kind}-{path.stem}" if wanted else path.stem
+        name = task_name(kind, path) if wanted else path.stem
         return cls(records[:limit], name, {"path": str(path), "fingerprint": fingerprint(path)})
 
     def __call__(self, answer_fn: AnswerFn) -> ExactAnswerResult:

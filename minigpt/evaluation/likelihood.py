@@ -64,7 +64,8 @@ def continuation_log_probs(
     model.eval()
     try:
         while len(results) < len(cut):
-            chosen, rows = [], 0
+            chosen: list[int] = []
+            rows = 0
             for i in by_length[len(results) :]:
                 length = len(cut[i]) + max(map(len, continuations[i]))
                 rows += len({tuple(ids[:-1]) for ids in continuations[i]})
@@ -101,7 +102,9 @@ def _score_batch(
     positions_RT = starts_R[:, None] + torch.arange(ids_RT.shape[1], device=device)
     hidden_RTE = _transformer(model, ids_RT, positions_RT, cache)
 
-    rows, places, labels = [], [], []
+    rows: list[int] = []
+    places: list[int] = []
+    labels: list[int] = []
     for q, several in enumerate(continuations):
         for ids in several:
             rows += [inputs[q, (contexts[q][-1], *ids[:-1])]] * len(ids)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from minigpt.errors import UserError
 
 from .likelihood import continuation_log_probs
-from .task import Metric, Progress, Settings, TaskResult, fingerprint, keep_samples
+from .task import Metric, Progress, Settings, TaskResult, fingerprint, keep_samples, task_name
 
 if TYPE_CHECKING:
     from minigpt.dataset.chat import ChatEncoder
@@ -76,7 +76,7 @@ class MultipleChoice:
 
     def __init__(self, layout: str, path: Path, dev: Path | None = None) -> None:
         self.layout = layout
-        self.name = f"{layout}-{path.stem}"
+        self.name = task_name(layout, path)
         files = _files(layout, path)
         examples = {} if dev is None else {_subject(file): read_questions(layout, file) for file in _files(layout, dev)}
         self.subjects = []
@@ -88,6 +88,8 @@ class MultipleChoice:
                 raise UserError(f"--dev {dev} has no solved examples for the subject {_subject(file)} of {file}")
             self.subjects.append(Subject(_subject(file), read_questions(layout, file), own))
         self.source = {"path": str(path), "fingerprint": fingerprint(*files)}
+        if dev is not None:
+            self.source |= {"dev": str(dev), "dev_fingerprint": fingerprint(*_files(layout, dev))}
 
     def run(
         self, model: MiniGPT, encoder: ChatEncoder, settings: Settings, progress: Progress | None = None
@@ -104,12 +106,8 @@ class MultipleChoice:
                 context, several = self._encode(encoder, question, examples, settings)
                 contexts.append(context)
                 continuations.append(several)
-            start = done
             found = continuation_log_probs(
-                model,
-                contexts,
-                continuations,
-                progress=None if progress is None else lambda n, start=start: progress(start + n, total),
+                model, contexts, continuations, progress=None if progress is None else _shifted(progress, done, total)
             )
             done, truncated = done + len(questions), truncated + found.truncated
             for question, log_probs in zip(questions, found.log_probs, strict=True):
@@ -122,7 +120,7 @@ class MultipleChoice:
                     "question": question.text,
                     "expected": question.choices[question.correct],
                     "reply": question.choices[best],
-                    "log_probs": dict(zip(question.choices, log_probs, strict=True)),
+                    "log_probs": [list(pair) for pair in zip(question.choices, log_probs, strict=True)],
                 }
                 judged.append((right[0], sample))
         everything = [right for rights in by_subject.values() for right in rights]
@@ -255,6 +253,11 @@ def _files(layout: str, path: Path) -> list[Path]:
 def _subject(file: Path) -> str:
     """`high_school_physics_val.csv` → `high_school_physics`."""
     return SUBJECT.sub("", file.stem)
+
+
+def _shifted(progress: Progress, before: int, total: int) -> Callable[[int], None]:
+    """Tells the progress of a part as that of the whole."""
+    return lambda done: progress(before + done, total)
 
 
 def _argmax(values: Sequence[float]) -> int:

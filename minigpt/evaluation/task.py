@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -86,7 +87,7 @@ class Settings:
     """How a model is asked.
 
     Args:
-        limit: Only the first so many questions or texts; None: all.
+        limit: Only the first so many questions or texts (windows of long ones); None: all.
         max_new_tokens: A reply is cut here.
         samples: Replies to each question.
         k: pass@k is computed for each of these.
@@ -155,7 +156,12 @@ def keep_samples(judged: Sequence[tuple[bool, dict[str, Any]]]) -> list[dict[str
     return kept
 
 
-def fingerprint(*paths: Any) -> str:
+def task_name(kind: str, path: Path) -> str:
+    """`gsm8k-test` of test.jsonl; the file's own name where that says it already."""
+    return path.stem if path.stem.casefold().startswith(kind) else f"{kind}-{path.stem}"
+
+
+def fingerprint(*paths: Path) -> str:
     """SHA-256 over the contents of files, in the given order."""
     import hashlib
 

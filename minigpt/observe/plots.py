@@ -103,7 +103,7 @@ def plot_loss(curve: Curve, path: Path, compare: Sequence[Curve] = ()) -> Path:
 
 def plot_details(curve: Curve, path: Path) -> Path | None:
     """A small panel for every other metric that the run recorded; None (and no file) when there is none."""
-    panels = [panel for panel in PANELS if _panel_points(curve, panel)[0].size >= 2]
+    panels = [panel for panel in (*PANELS, *_task_panels(curve)) if _panel_points(curve, panel)[0].size >= 2]
     if not panels:
         return None
     columns = min(2, len(panels))
@@ -223,6 +223,20 @@ def _loss_limits(axis: Axes, shown: Sequence[np.ndarray], uniform: float | None)
     axis.set_xlim(left=0)
 
 
+def _task_panels(curve: Curve) -> list[Panel]:
+    """A panel for the first metric of each task that was run during training (`task/metric`)."""
+    panels: dict[str, Panel] = {}
+    for record in curve.of_kind("eval"):
+        for key in record:
+            task, slash, metric = key.rpartition("/")
+            if slash and task not in panels:
+                share = metric.startswith(("acc", "pass@"))
+                title = task.encode("ascii", "replace").decode()
+                unit, scale = (f"{metric} (%)", 100.0) if share else (metric.replace("_", " "), 1.0)
+                panels[task] = Panel(key, title, unit, scale, kind="eval", from_zero=share)
+    return list(panels.values())
+
+
 def _panel_points(curve: Curve, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
     x, values = loss_curve(curve.of_kind(panel.kind), panel.key, curve.x_key)
     return x, values * panel.scale
@@ -231,7 +245,7 @@ def _panel_points(curve: Curve, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
 def _draw_panel(axis: Axes, curve: Curve, panel: Panel) -> None:
     x, values = _panel_points(curve, panel)
     marker = "o" if x.size <= 30 else None
-    axis.plot(x, values, color=ORANGE if panel.kind == "valid" else BLUE, marker=marker, markersize=3.5, linewidth=1.4)
+    axis.plot(x, values, color=BLUE if panel.kind == "train" else ORANGE, marker=marker, markersize=3.5, linewidth=1.4)
     axis.set_title(panel.title)
     axis.set_ylabel(panel.unit)
     axis.set_xlim(left=0)

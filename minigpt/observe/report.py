@@ -23,6 +23,8 @@ from minigpt.observe.reference import Band, check_against, load_band
 
 REPORT_FILE = "report.md"
 PLOT_FOLDER = "report"
+EVALUATIONS = "eval"
+SAMPLES_SHOWN = 2  # replies of each evaluation, of the wrong ones and of the right ones
 STAGE_ORDER = ("pretrain", "sft", "lora", "reason", "dpo", "reward", "ppo", "grpo")
 UNIFORM_GUESS_TOLERANCE = 0.5  # nats: a fresh model's first loss is this near to ln(vocab)
 
@@ -155,6 +157,7 @@ def build_report(run_dir: Path, *, compare: Sequence[Path] = ()) -> Path:
         "\n".join(f"- {sentence}" for sentence in _judgements(run)),
         markdown_table([run_row(each) for each in [run, *others]]),
         _image("Learning rate, gradient norm, speed", details_png, run_dir) if details_png else "",
+        evaluation_section(run_dir),
         _samples_section(run.summary.get("samples")),
         "## How it was made\n\n" + _provenance(run, run_dir),
     ]
@@ -288,9 +291,48 @@ def _stage_section(run: Run, folder: Path) -> str:
         f"## {run.stage}",
         "\n".join(f"- {sentence}" for sentence in [_status_sentence(run), *_judgements(run)]),
         _image(f"{run.stage}: learning rate, gradient norm, speed", details_png, folder) if details_png else "",
+        evaluation_section(run.folder, level=3),
         _provenance(run, folder),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def evaluation_section(run_dir: Path, level: int = 2) -> str:
+    """What `minigpt eval` wrote into the run folder: a table of all metrics, then replies, wrong ones first.
+
+    Args:
+        run_dir: The run folder.
+        level: Of the section's heading.
+    """
+    results = {path.stem: _read_json(path) for path in sorted((run_dir / EVALUATIONS).glob("*.json"))}
+    rows, samples = [], []
+    for name, result in results.items():
+        for metric in result.get("metrics") or []:
+            show = _percent if str(metric.get("name")).startswith(("acc", "pass@")) else _three_decimals
+            interval = [show(metric.get(end)) for end in ("low", "high")]
+            rows.append(
+                {
+                    "evaluation": name,
+                    "metric": str(metric.get("name")),
+                    "value": show(metric.get("value")),
+                    "95 % interval": " to ".join(interval) if all(interval) else "",
+                    "n": _number(result.get("n"), ",.0f"),
+                }
+            )
+        replies = result.get("samples") or []
+        chosen = [s for right in (False, True) for s in [s for s in replies if s.get("right") is right][:SAMPLES_SHOWN]]
+        for sample in chosen:
+            text = {key: sample.get(key, "") for key in ("question", "expected", "reply")}
+            samples.append(f"**{name}: {'right' if sample['right'] else 'wrong'}**\n\n{_sample(text)}")
+    if not rows:
+        return ""
+    marks = "#" * level
+    parts = [f"{marks} Evaluations", markdown_table(rows)]
+    return "\n\n".join(parts + ([f"{marks}# Replies", *samples] if samples else []))
+
+
+def _three_decimals(value: Any) -> str:
+    return _number(value, ",.3f")
 
 
 def _heldout_section(heldout: Any) -> str:

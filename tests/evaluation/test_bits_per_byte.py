@@ -120,7 +120,11 @@ def test_a_window_over_a_long_text_scores_each_token_once_behind_at_least_half_a
     result = RawText(path).run(model, encoder, Settings(context=context))
     n_bytes = len(text.encode()) - 1
     assert math.isclose(result.value, nll / math.log(2) / n_bytes, rel_tol=1e-6)
-    assert result.details == {"tokens": len(ids) - 1, "bytes": n_bytes, "context": context}
+    assert result.details == {"tokens": len(ids) - 1, "bytes": n_bytes, "documents": 1, "context": context}
+    first = RawText(path).run(model, encoder, Settings(context=context, limit=3))
+    assert first.n == 3
+    assert first.details["tokens"] == context + 2 * (context // 2)
+    assert first.details["bytes"] == len(encoder.decode(ids[1 : 2 * context + 1]).encode())
 
 
 def test_of_conversations_only_the_assistants_text_counts(tmp_path, model):

@@ -203,7 +203,7 @@ def test_accuracy_by_sum_and_by_byte_are_those_of_plain_forward_passes(tmp_path,
         rights.append(sums.index(max(sums)) == question.correct)
         rights_by_byte.append(by_byte.index(max(by_byte)) == question.correct)
         (sample,) = [s for s in result.samples if s["question"] == question.text]
-        assert list(sample["log_probs"].values()) == pytest.approx(sums, rel=1e-4)
+        assert [log_prob for _, log_prob in sample["log_probs"]] == pytest.approx(sums, rel=1e-4)
     assert [(m.name, m.value) for m in result.metrics] == [
         ("acc", sum(rights) / 2),
         ("acc_norm", sum(rights_by_byte) / 2),
@@ -222,7 +222,7 @@ def test_solved_examples_stand_before_the_question(tmp_path, model, encoder):
         context = encoder.encode_text(before)
         sums = [plain_log_prob(model, context, encoder.encode_text(before + f" {c}")[len(context) :]) for c in "ABCD"]
         (sample,) = [s for s in result.samples if s["question"] == question.text]
-        assert list(sample["log_probs"].values()) == pytest.approx(sums, rel=1e-4)
+        assert [log_prob for _, log_prob in sample["log_probs"]] == pytest.approx(sums, rel=1e-4)
     with pytest.raises(UserError, match="--shots 4 needs as many solved examples and physics has 3"):
         task.run(model, encoder, Settings(shots=4))
 
@@ -252,4 +252,4 @@ def test_a_question_can_be_put_as_a_chat(tmp_path, model, encoder):
     context = encoder.encode_prompt(turns)
     sums = [plain_log_prob(model, context, encoder.encode_text(letter)) for letter in "ABCD"]
     (sample,) = [s for s in result.samples if s["question"] == questions[2].text]
-    assert list(sample["log_probs"].values()) == pytest.approx(sums, rel=1e-4)
+    assert [log_prob for _, log_prob in sample["log_probs"]] == pytest.approx(sums, rel=1e-4)

@@ -1,0 +1,56 @@
+"""Tasks that are run during training: training does not notice them, and their values are those of the weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_run import assert_same_weights, metrics
+
+from minigpt.evaluation.task import Settings
+from minigpt.evaluation.tasks import make_tasks
+from minigpt.generation.load import load_for_inference
+from minigpt.observe.plots import Curve, plot_details
+from minigpt.observe.report import build_report
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    records = [{"messages": [{"role": "user", "content": f"{i} 你好"}], "answer": str(i)} for i in range(5)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def test_training_is_bit_identical_with_and_without_tasks(train, packed, texts, questions, tmp_path):
+    common = ("--data", packed, "--max_steps", 6, "--eval_interval", 2, "--export_dtype", "fp32")
+    train("pretrain", *common, "--save_dir", tmp_path / "plain")
+    tasks = ("--eval_tasks", f"questions:{questions}", "bpb", f"bpb:{texts}", "--eval_limit", 3, "--tensorboard=true")
+    train("pretrain", *common, *tasks, "--save_dir", tmp_path / "judged")
+    assert_same_weights(tmp_path / "judged", tmp_path / "plain")
+    records = metrics(tmp_path / "judged")
+
+    def losses(run: Path) -> list:
+        return [(r["step"], r.get("loss"), r.get("valid_loss")) for r in metrics(run) if r["kind"] != "eval"]
+
+    assert losses(tmp_path / "judged") == losses(tmp_path / "plain")
+    judged = [r for r in records if r["kind"] == "eval"]
+    assert [r["step"] for r in judged] == [2, 4, 6]
+    assert {"questions/accuracy", "valid/bits_per_byte", "bpb-texts/bits_per_byte"} <= judged[0].keys()
+    assert judged[0]["bpb-texts/bits_per_byte"] != judged[2]["bpb-texts/bits_per_byte"]
+
+    model, encoder = load_for_inference(tmp_path / "judged")
+    (task,) = make_tasks([f"bpb:{texts}"])
+    by_hand = task.run(model, encoder, Settings(limit=3))
+    assert judged[2]["bpb-texts/bits_per_byte"] == pytest.approx(by_hand.value, rel=1e-6)
+
+    assert plot_details(Curve("pretrain", records), tmp_path / "details.png") is not None
+    assert b"eval/questions/accuracy" in next((tmp_path / "judged" / "tensorboard").iterdir()).read_bytes()
+    build_report(tmp_path / "judged")
+
+
+def test_wrong_tasks_are_told_before_the_training(minigpt, packed, tmp_path):
+    ended = minigpt(
+        "train", "pretrain", "--data", packed, "--save_dir", tmp_path / "r", "--eval_tasks", "gsm8k:no.jsonl"
+    )
+    assert "no.jsonl does not exist" in ended.sentence()
+    assert not (tmp_path / "r" / "metrics.jsonl").exists()
