@@ -70,6 +70,10 @@ class AdapterStage(Stage):
         refuse_tied(model)  # at the end it is merged: better said now
         return model
 
+    def language_model(self, network: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The model with the adapter merged into it."""
+        return split_state_dict(network, weights)[0] if lora_layers(network) else weights
+
     def write_weights(
         self,
         folder: Path,
