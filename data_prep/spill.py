@@ -374,7 +374,7 @@ def fit(document: Document, stage: str, seq_len: int, too_long: str) -> str | No
     trained = [slice(begin, begin + length) for begin, length in zip(begins, answers, strict=False)]
     if not all(document.codes[piece].any() for piece in trained):
         return "no_answer"
-    if stage == "preference" and np.array_equal(document.ids[trained[0]], document.ids[trained[1]]):
+    if stage == "preference" and _equal(document.ids, trained):
         return "equal_answers"
     room = seq_len - prompt
     if max(answers) <= room:
@@ -382,6 +382,8 @@ def fit(document: Document, stage: str, seq_len: int, too_long: str) -> str | No
     kept = [slice(piece.start, piece.start + min(room, length)) for piece, length in zip(trained, answers, strict=True)]
     if too_long == "drop" or room < 1 or not all(document.codes[piece].any() for piece in kept):
         return "over_seq_len"
+    if stage == "preference" and _equal(document.ids, kept):  # they differ only behind the cut
+        return "equal_answers"
     before = len(document.ids)
     whole = [slice(0, prompt), *kept]
     document.ids = np.concatenate([document.ids[piece] for piece in whole])
@@ -389,3 +391,7 @@ def fit(document: Document, stage: str, seq_len: int, too_long: str) -> str | No
     document.parts = tuple(piece.stop - piece.start for piece in (whole if stage == "preference" else kept))
     document.truncated = before - len(document.ids)
     return None
+
+
+def _equal(ids: np.ndarray, answers: list[slice]) -> bool:
+    return np.array_equal(ids[answers[0]], ids[answers[1]])

@@ -169,6 +169,16 @@ def test_long_conversations_are_truncated_or_dropped_and_counted(tmp_path, too_l
     assert sorted(map(len, stored_documents(tmp_path / "out", "train"))) == sorted(stored)
 
 
+def test_answers_that_differ_only_behind_the_cut_are_equal_answers(tmp_path):
+    long = "word " * 200
+    pairs = [{"prompt": f"{i}?", "chosen": f"{long} yes", "rejected": f"{long} no"} for i in range(3)]
+    good = [{"prompt": f"{i}?", "chosen": f"yes {long}", "rejected": f"no {long}"} for i in range(3)]
+    source = write_jsonl(tmp_path / "a.jsonl", [*pairs, *good])
+    manifest = pack(options("preference", source, tmp_path / "out", valid_fraction=0.0))
+    assert manifest["documents"] == {"in": 6, "kept": 3, "dropped": {"equal_answers": 3}}
+    assert manifest["tokens"]["truncated"] > 0
+
+
 def test_preferences_keep_prompt_and_both_answers(tmp_path):
     records = [
         {
@@ -341,6 +351,35 @@ def packed(corpus, tmp_path_factory) -> dict[str, str]:
 def test_any_number_of_workers_writes_the_same_bytes(corpus, packed, tmp_path, workers):
     pack(PackOptions("pretrain", [corpus], tmp_path / "out", workers=workers, seq_len=128, shard_mb=1))
     assert tree(tmp_path / "out") == packed
+
+
+@pytest.mark.slow
+def test_workers_do_not_import_the_program_that_packs(corpus, packed, tmp_path):
+    """It may be a trainer with torch, or, as here, a script that does its work when it is imported."""
+    program = (
+        "import sys; from pathlib import Path; from data_prep.pack import PackOptions, pack\n"
+        "print('imported')\n"
+        "pack(PackOptions('pretrain', [Path(sys.argv[1])], Path('out'), workers=2, seq_len=128, shard_mb=1))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "program.py", str(corpus)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "imported\n", "")
+    assert tree(tmp_path / "out") == packed
+
+
+def test_the_size_of_chunks_of_lines_does_not_show_in_the_dataset(tmp_path, monkeypatch):
+    source = write_texts(tmp_path / "in.jsonl", texts(1500, 9))
+    trees, chunks = [], []
+    for name, chunk_bytes in (("one", 64 << 20), ("many", 64 << 10)):
+        monkeypatch.setattr("data_prep.pack.CHUNK_BYTES", chunk_bytes)
+        done: list[tuple[str, int, int]] = []
+        pack(options("pretrain", source, tmp_path / name), lambda *what, seen=done: seen.append(what))
+        trees.append(tree(tmp_path / name))
+        chunks.append(sum(what == "tokenize" for what, _, _ in done))
+    assert chunks[0] == 1
+    assert chunks[1] > 4
+    assert trees[0] == trees[1]
 
 
 @pytest.mark.slow
