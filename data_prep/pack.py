@@ -14,22 +14,24 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 
 from data_prep.clean import SCRIPTS, ContaminationIndex, Filters, near_duplicates
 from data_prep.plan import Rows, choose_valid, first_occurrences, one_row_each, pack_whole, pack_with_splits
-from data_prep.readers import list_files, read_texts, split_into_chunks
+from data_prep.readers import detect_format, list_files, read_texts, split_into_chunks
 from data_prep.spill import MAX_EXAMPLES, Job, load_job, npy_bytes, spill_path, tokenize_chunk
 from minigpt.dataset.shards import (
     DEFAULT_WEIGHT_TABLE,
@@ -215,7 +217,9 @@ def _make_job(options: PackOptions) -> Job:
         minhash=options.minhash is not None,
         contamination=bool(exams),
         tokenizer=str(Path(options.output).resolve()),
-        chunks=tuple(chunk for path in files for chunk in split_into_chunks(path, CHUNK_BYTES)),
+        chunks=tuple(
+            chunk for path, stat in stats for chunk in split_into_chunks(path, _chunk_bytes(path, stat.st_size))
+        ),
         inputs=tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in [*stats, *exams]),
         plan_options={
             "tokenizer_hash": tokenizer_hash(_tokenizer_folder(options)),
@@ -227,6 +231,14 @@ def _make_job(options: PackOptions) -> Job:
             "decontaminate_ngram": options.decontaminate_ngram,
         },
     )
+
+
+def _chunk_bytes(path: Path, size: int) -> int:
+    """JSON Lines of moderate size go in small chunks: the last chunk keeps all workers but one waiting.
+
+    (Documents of plain text begin where a chunk begins: there the size decides what is packed.)
+    """
+    return max(CHUNK_BYTES >> 2, min(CHUNK_BYTES, size // 48)) if detect_format(path) == "jsonl" else CHUNK_BYTES
 
 
 def _tokenizer_folder(options: PackOptions) -> Path:
@@ -422,7 +434,7 @@ def _tasks(workers: int, ray: bool) -> Iterator[Callable[[Callable, list[tuple]]
     else:
         with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_die_with_parent) as pool:
             try:
-                yield lambda function, arguments: (f.result() for f in [pool.submit(function, *a) for a in arguments])
+                yield lambda function, arguments: (f.result() for f in _submit_all(pool, function, arguments))
             except BrokenProcessPool as error:
                 raise WorkerDiedError(
                     "A worker process died, most likely for lack of memory: run the same command with fewer "
@@ -430,6 +442,20 @@ def _tasks(workers: int, ray: bool) -> Iterator[Callable[[Callable, list[tuple]]
                 ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _submit_all(pool: ProcessPoolExecutor, function: Callable, arguments: list[tuple]) -> list[Future]:
+    """Hand out all tasks, which starts the workers, without the program that we are part of being imported there.
+
+    A spawned process imports the main module of its parent. Nothing of it is needed here, and it may be a trainer with
+    torch and DeepSpeed, or a script that does its work when it is imported.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        return [pool.submit(function, *each) for each in arguments]
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _die_with_parent() -> None:
