@@ -1,7 +1,8 @@
 """Bits per byte: how well a model predicts text, in a unit that does not depend on the tokenizer.
 
 Σ NLL / (ln 2 · Σ UTF-8 bytes of the predicted tokens). A fair coin for every bit of the text costs 8. The first token
-of a document is given, not predicted, and its bytes are not counted; its end is predicted and has no bytes.
+of a document is given, not predicted, and its bytes are not counted (a tokenizer that puts a token of its own there
+gives that one); its end is predicted and has no bytes.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class RawText:
     def _windows(self, encoder: ChatEncoder, context: int) -> Iterator[tuple[list[int], int]]:
         """The windows of all documents: up to `context` + 1 ids, and the number of the first id that is scored."""
         for text in self.texts:
-            ids = [*encoder.encode_text(text), encoder.eos_id]
+            ids = [*encoder.bos_ids, *encoder.encode_text(text), encoder.eos_id]
             for start, end, scored in _windows(len(ids) - 1, context):
                 yield ids[start : end + 1], scored + 1 - start
 

@@ -52,6 +52,7 @@ class EvalOptions:
             was made for, up to 2,048.
         batch_size: Replies generated together.
         seed: Of the random numbers; the same seed gives the same replies.
+        adapter: A LoRA folder to merge into the weights first, or a run that has one.
         device: auto, cpu or cuda.
         dtype: auto, fp32 or bf16.
     """
@@ -70,6 +71,7 @@ class EvalOptions:
     context: int | None = None
     batch_size: int = 64
     seed: int = 0
+    adapter: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
 
@@ -93,7 +95,7 @@ def evaluate(options: EvalOptions) -> list[TaskResult]:
         tasks = make_tasks(options.tasks, dev=options.dev, own_data=data_of_run(run))
     if options.dev is not None and not options.shots:
         raise UserError("--dev is given but --shots is 0; say how many solved examples to show, such as --shots 5")
-    model, encoder = load_for_inference(run, options.device, options.dtype)
+    model, encoder = load_for_inference(run, options.device, options.dtype, options.adapter)
     folder = (run if run.is_dir() else run.parent) / FOLDER
     folder.mkdir(exist_ok=True)
     about = _surroundings(options, weights, stage, model)
@@ -104,7 +106,7 @@ def evaluate(options: EvalOptions) -> list[TaskResult]:
             result = task.run(model, encoder, settings, partial(report, task.name))
         seconds = round(time.monotonic() - started, 3)
         record = {**_as_json(result), "data": task.source, "settings": asdict(settings), "seconds": seconds, **about}
-        path = folder / f"{_file_name(task.name, settings)}.json"
+        path = folder / f"{_file_name(task.name, settings, options.adapter)}.json"
         write_atomically(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
         results.append(result)
     _show(results)
@@ -149,6 +151,7 @@ def _surroundings(options: EvalOptions, weights: Path, stage: str | None, model:
     return {
         "model": {
             "path": str(weights),
+            "adapter": None if options.adapter is None else str(options.adapter),
             "sha256": fingerprint(*files),
             "stage": stage,
             "parameters": model.num_parameters(),
@@ -181,7 +184,7 @@ def _as_json(result: TaskResult) -> dict[str, Any]:
     }
 
 
-def _file_name(task: str, settings: Settings) -> str:
+def _file_name(task: str, settings: Settings, adapter: Path | None) -> str:
     """The task and what was asked differently from usual, so that no result takes another one's place."""
     thinking = {None: "", True: "think", False: "no-think"}[settings.enable_thinking]
     parts = [
@@ -190,6 +193,7 @@ def _file_name(task: str, settings: Settings) -> str:
         thinking,
         f"{settings.shots}-shot" if settings.shots else "",
         "chat" if settings.chat else "",
+        f"with-{adapter.resolve().name}" if adapter is not None else "",
         f"first-{settings.limit}" if settings.limit else "",
     ]
     return re.sub(r"[^\w.-]+", "-", "-".join(part for part in parts if part))

@@ -183,7 +183,7 @@ class ModelAnswers:
         self.cut, self.too_long = 0, fits.count(False)
         wanted = [i * samples + j for i, good in enumerate(fits) if good for j in range(samples)]
         wanted.sort(key=lambda n: len(prompts[n // samples]))  # neighbours pad each other least
-        opening = "<think>" if self.enable_thinking else ""
+        opening = "<think>" if self.encoder.opens_thinking(self.enable_thinking) else ""
         replies = [""] * (samples * len(prompts))
         for first in range(0, len(wanted), self.batch_size):
             batch = wanted[first : first + self.batch_size]

@@ -164,7 +164,7 @@ class MultipleChoice:
         before = head + "".join(solved) + question.text
         context = encoder.encode_text(before)
         whole = encoder.encode_texts([f"{before} {choice}" for choice in question.choices])
-        return context, [ids[len(context) :] for ids in whole]
+        return [*encoder.bos_ids, *context], [ids[len(context) :] for ids in whole]
 
 
 def read_questions(layout: str, path: Path) -> list[Question]:

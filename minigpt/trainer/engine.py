@@ -190,9 +190,16 @@ class Engine:
         return output.detach()
 
     def evaluate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the module returns, without gradients. Not compiled: a second graph costs more than it saves here."""
-        with torch.no_grad(), torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
-            return self._engine(**batch)
+        """What the module returns, without gradients and dropout, so that no random number is drawn.
+
+        Not compiled: a second graph costs more than it saves here.
+        """
+        self._engine.eval()
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+                return self._engine(**batch)
+        finally:
+            self._engine.train()
 
     def step(self, learning_rate: float) -> StepResult:
         """Apply the accumulated gradients, unless one of any rank is not finite: then nothing changes anywhere."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from data_prep.microworld import MicroWorldOptions, write_microworld
 from data_prep.pack import PackOptions, pack
@@ -125,6 +127,22 @@ def test_a_window_over_a_long_text_scores_each_token_once_behind_at_least_half_a
     assert first.n == 3
     assert first.details["tokens"] == context + 2 * (context // 2)
     assert first.details["bytes"] == len(encoder.decode(ids[1 : 2 * context + 1]).encode())
+
+
+def test_a_token_that_the_tokenizer_puts_first_makes_all_of_the_text_count(model, encoder, tmp_path, shipped_tokenizer):
+    """As Llama's `<|begin_of_text|>`: then the first token of the text is predicted too."""
+    content = json.loads((shipped_tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    begin, text = encoder.token_id("<|im_start|>"), TEXTS[2]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)])
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    result = RawText(tmp_path / "text.txt").run(model, ChatEncoder(tokenizer), Settings())
+    ids = torch.tensor([[begin, *encoder.encode_text(text), encoder.eos_id]])
+    with torch.no_grad():
+        log_probs = model(ids[:, :-1]).logits.double().log_softmax(-1)
+    nll = -log_probs.gather(-1, ids[:, 1:, None]).sum().item()
+    assert result.details["bytes"] == len(text.encode())
+    assert math.isclose(result.value, nll / math.log(2) / len(text.encode()), rel_tol=1e-6)
 
 
 def test_of_conversations_only_the_assistants_text_counts(tmp_path, model):

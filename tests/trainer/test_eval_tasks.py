@@ -48,6 +48,31 @@ def test_training_is_bit_identical_with_and_without_tasks(train, packed, texts, 
     build_report(tmp_path / "judged")
 
 
+def bits_per_byte(run: Path, texts: Path) -> float:
+    """Of a finished run's export, by hand."""
+    (task,) = make_tasks([f"bpb:{texts}"])
+    return task.run(*load_for_inference(run), Settings(limit=3)).value
+
+
+def test_an_adapter_is_judged_merged_and_zero_3_gathered(train, packed, conversations, texts, tmp_path):
+    """The last values during training are those of what the run leaves. And with dropout, which draws random numbers,
+    neither the tasks nor the validation beside them change what is trained."""
+    zero3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
+    common = ("--export_dtype", "fp32", "--eval_interval", 1, "--eval_tasks", f"bpb:{texts}", "--eval_limit", 3)
+    base, tuned, again = (tmp_path / name for name in ("base", "tuned", "again"))
+    train("pretrain", "--data", packed, "--max_steps", 2, "--deepspeed", zero3, *common, "--save_dir", base)
+    adapter = ("--data", conversations, "--init", base, "--max_steps", 3, "--lora_dropout", 0.2)
+    train("lora", *adapter, *common, "--save_dir", tuned)
+    train("lora", *adapter, "--save_dir", again)
+    for run in (base, tuned):
+        judged = [r["bpb-texts/bits_per_byte"] for r in metrics(run) if r["kind"] == "eval"]
+        assert len(set(judged)) == len(judged) > 1
+        assert judged[-1] == pytest.approx(bits_per_byte(run, texts), rel=1e-6)
+    assert [r["loss"] for r in metrics(tuned) if r["kind"] == "train"] == [
+        r["loss"] for r in metrics(again) if r["kind"] == "train"
+    ]
+
+
 def test_wrong_tasks_are_told_before_the_training(minigpt, packed, tmp_path):
     ended = minigpt(
         "train", "pretrain", "--data", packed, "--save_dir", tmp_path / "r", "--eval_tasks", "gsm8k:no.jsonl"

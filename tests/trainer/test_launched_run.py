@@ -39,6 +39,7 @@ def test_ctrl_c_saves_and_the_finished_run_has_the_weights_of_one_process(texts,
     """A terminal's Ctrl-C reaches launcher and ranks at once, and the launcher sends them another signal on top."""
     zero2 = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
     options = ("--data", texts, "--seq_len", 64, "--max_steps", 40, "--deepspeed", zero2, "--save_interval", 30)
+    options += ("--eval_tasks", f"bpb:{texts}", "--eval_limit", 8)
     alone, together = tmp_path / "alone", tmp_path / "together"
     train("pretrain", *options, "--save_dir", alone)
     process = start(*options, "--save_dir", together)
@@ -62,6 +63,8 @@ def test_ctrl_c_saves_and_the_finished_run_has_the_weights_of_one_process(texts,
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
     valid = [json.loads((run / "summary.json").read_text())["valid_loss"] for run in (together, alone)]
     assert valid[0] == pytest.approx(valid[1], rel=1e-4)
+    judged, expected_task = (metrics(run)[-1]["bpb-texts/bits_per_byte"] for run in (together, alone))
+    assert judged == pytest.approx(expected_task, rel=1e-4)
     expected = weights(alone)
     assert all((w - expected[name]).abs().median() < 1e-4 for name, w in weights(together).items())
 
