@@ -1,40 +1,54 @@
-"""Batched generation with a KV cache: `generate` for batches, `stream` for one prompt, `generate_ids` for tensors.
+"""The engine that all sampling goes through: requests enter, are decoded together, and leave when they end.
 
-Prompts of different lengths go into one batch without left padding: row b's token at position p lies at index p of its
-cache, the prefill is padded on the right, and what a padded position wrote is overwritten when the row grows to it. The
-cache starts small and doubles, so a step costs what the text is long, not what the context could hold. Rows that ended
-are taken out once half of the batch is done.
+A running sequence has a slot, a row of a preallocated KV cache. `Engine.step` lets waiting sequences into free slots,
+reads a part of the prompts that are not read yet, and samples one token for every sequence that can go on:
+
+- Prompts of any lengths are read packed end to end, without padding; a long one in pieces between the steps of others.
+- The n samples of a prompt share one reading of it. What the engine read before it finds again (`prefix_cache.py`).
+- A sequence that ended makes room at once: a waiting one takes its slot, or the last one moves into it.
+- New weights may come between two steps. Nothing that older ones computed is used after that: the sequences that run
+  are read again, prompt and new tokens, and go on.
 
 The random numbers of a sequence come from its own stream (seed, sequence, position), see `sampling.uniforms`: they are
-the same alone, in any batch, and when a sequence is continued from its own beginning.
+the same alone, in any batch, and when a sequence is continued from its own beginning. Arithmetic is not, because a
+product of 3 rows may round otherwise than one of 16. With `batch_invariant=True` everything that a sequence computes
+has shapes that depend on nothing but the sequence, so its tokens and log-probabilities are equal bit for bit whatever
+runs beside it, and before or after it.
 
-Shapes: B rows of the batch, V vocabulary, N new tokens.
+One thread drives an engine. Shapes: B rows in use, N packed tokens, V vocabulary, H query heads, G key/value heads, D
+head size, L tokens of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from minigpt.generation.decoder import Attend, Decoder
+from minigpt.generation.prefix_cache import PrefixCache
 from minigpt.generation.sampling import SamplingParams, SamplingTensors, sample, uniforms
 from minigpt.generation.text import Decode, StopStrings, TextStream
-from minigpt.model.attention import AttentionPattern
+from minigpt.model.attention import AttentionPattern, attention, cached_pattern, decode_attention, packed_pattern
 from minigpt.model.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+    from minigpt.model.model_minigpt import MiniGPT
 
-CACHE_BUCKET = 128  # the cache holds this many tokens times a power of two
-PREFILL_TOKENS = 8192  # most (padded) prompt tokens in one forward pass
-UNIFORMS_BLOCK = 64  # random numbers are made for so many steps at once
+CACHE_BUCKET = 128  # the cache holds this many tokens a slot, times a power of two
+PREFIX_BLOCK = 32  # tokens that the prefix cache keeps or forgets together
+INVARIANT_CHUNK = 128  # the same, and what is read of a prompt at a time, where results may depend on nothing else
+PREFILL_CHUNK = 2048  # prompt tokens that are read between two decode steps
+UNIFORMS_BLOCK = 64  # random numbers are made for so many tokens of a sequence at once
 END_IDS = (2, 0)  # <|im_end|> and <|endoftext|> of MiniGPT's own tokenizer
 
 OnToken = Callable[[int, int], None]
+OnSampleToken = Callable[[int, int, "float | None"], None]
 
 
 @dataclass
@@ -43,10 +57,13 @@ class Completion:
 
     Attributes:
         ids: The new tokens, including the stop token that ended them.
-        finish_reason: "stop" (a stop token or stop string) or "length" (max_new_tokens or the context is used up).
+        finish_reason: "stop" (a stop token or stop string), "length" (max_new_tokens or the context is used up),
+            "cancelled", or "" while it runs.
         text: The new text without stop token and stop string; None without a `decode` function.
-        log_probs: Of each id: full vocabulary, at the temperature, before penalties and filters; None if not asked for.
+        log_probs: Of each id: full vocabulary, at the temperature, before penalties, bias and filters; None if not
+            asked for.
         behaviour_log_probs: Of each id under the distribution that it was drawn from; None if not asked for.
+        versions: Of the weights that drew each id; None if no log-probabilities were asked for.
     """
 
     ids: list[int]
@@ -54,6 +71,626 @@ class Completion:
     text: str | None = None
     log_probs: list[float] | None = None
     behaviour_log_probs: list[float] | None = None
+    versions: list[int] | None = None
+
+
+class Request:
+    """A prompt on its way through an engine, with n samples.
+
+    Attributes:
+        prompt_ids, params: as submitted.
+        completions: One a sample; they grow while the request runs.
+        cancelled: Whether somebody took it back.
+    """
+
+    def __init__(self, prompt_ids: list[int], params: SamplingParams, n: int, log_probs: bool) -> None:
+        self.prompt_ids, self.params = prompt_ids, params
+        self.completions = [
+            Completion([], "", None, *([], [], []) if log_probs else (None, None, None)) for _ in range(n)
+        ]
+        self.cancelled = False
+        self._wants_log_probs = log_probs
+        self._on_token: OnSampleToken | None = None
+        self._decode: Decode | None = None
+        self._unfinished = self._waiting = n
+        self._read: _PromptRead | None = None  # the prompt's keys and values while samples wait for a slot
+
+    @property
+    def done(self) -> bool:
+        """Whether all samples have ended."""
+        return self._unfinished == 0
+
+
+@dataclass
+class _PromptRead:
+    """What samples that enter later need of a prompt: keys and values, and the logits behind it [V]."""
+
+    kv: torch.Tensor
+    logits_V: torch.Tensor
+
+
+class _Sequence:
+    """One sample of a request: its tokens, how far they are in the cache, and when they end."""
+
+    def __init__(self, request: Request, index: int, stream: int, limit: int) -> None:
+        self.request, self.index, self.stream, self.limit = request, index, stream, limit
+        self.completion = request.completions[index]
+        self.ids = list(request.prompt_ids)  # prompt and new tokens
+        self.in_cache = 0  # how many of them the slot's row holds
+        self.decoding = False  # all but the last one, which a decode step takes
+        self.stop_ids = frozenset(request.params.stop_token_ids)
+        decode, stop = request._decode, request.params.stop
+        self.watcher = _StopWatcher(decode, stop) if decode and stop else None
+        self._uniforms = np.empty(0)
+        self._uniforms_start = 0
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether nothing was sampled yet."""
+        return len(self.ids) == len(self.request.prompt_ids)
+
+    def next_uniform(self) -> float:
+        """The random number of the position that is sampled next."""
+        offset = len(self.ids) - self._uniforms_start
+        if not 0 <= offset < len(self._uniforms):
+            self._uniforms_start, offset = len(self.ids), 0
+            self._uniforms = uniforms(self.request.params.seed, self.stream, len(self.ids), UNIFORMS_BLOCK)
+        return self._uniforms[offset]
+
+
+@dataclass
+class EngineStats:
+    """Counters of an engine since it was made, and what it holds now.
+
+    Attributes:
+        slots: Sequences that can run together.
+        running: Slots in use.
+        waiting: Sequences that wait for one.
+        generated_tokens: New tokens so far.
+        prompt_tokens: Tokens of prompts so far; those that samples share count once.
+        prefix_hit_tokens: How many of them were found in the prefix cache.
+        steps: Decode steps so far.
+    """
+
+    slots: int
+    running: int = 0
+    waiting: int = 0
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    steps: int = 0
+
+
+class Engine:
+    """Slots with a KV cache; requests enter, are decoded together, and leave.
+
+    Example:
+        >>> engine = Engine(model, slots=8)
+        >>> request = engine.submit([1, 2, 3], SamplingParams(max_new_tokens=20), n=4)
+        >>> while engine.has_work:
+        ...     engine.step()
+        >>> [completion.ids for completion in request.completions]
+
+    Args:
+        model: A MiniGPT; its weights are read when the engine is made and at `load_weights` or `refresh`.
+        slots: Sequences that are decoded together.
+        max_length: Most tokens of a sequence, prompt and continuation; None: the model's context.
+        batch_invariant: Compute every sequence in the same way whatever runs beside it. Slower.
+        prefix_cache_tokens: So many tokens of earlier texts are kept for texts that begin like them; 0: none.
+        prefill_chunk: About so many prompt tokens are read between two decode steps.
+    """
+
+    def __init__(
+        self,
+        model: MiniGPT,
+        *,
+        slots: int = 16,
+        max_length: int | None = None,
+        batch_invariant: bool = False,
+        prefix_cache_tokens: int = 8192,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        context = model.config.max_position_embeddings
+        for name, value, least in (
+            ("slots", slots, 1),
+            ("max_length", context if max_length is None else max_length, 2),
+            ("prefix_cache_tokens", prefix_cache_tokens, 0),
+            ("prefill_chunk", prefill_chunk, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; give at least {least}")
+        self.model, self.slots, self.batch_invariant = model, slots, batch_invariant
+        self.max_length = context if max_length is None else min(max_length, context)
+        self.prefill_chunk, self.version = prefill_chunk, 0
+        self.decoder = Decoder(model, self.max_length, slots)
+        self.device = self.decoder.device
+        self._prefix = PrefixCache(prefix_cache_tokens, INVARIANT_CHUNK if batch_invariant else PREFIX_BLOCK)
+        self._counters = EngineStats(slots)
+        self._waiting: deque[_Sequence] = deque()
+        self._rows: list[_Sequence | None] = [None] * slots
+        self._used = 0  # rows 0 .. _used - 1 are computed
+        self._cache = self._new_cache(1)
+        self._sampling: SamplingTensors | None = None  # of the used rows; None: to be made again
+        self._bias_BV: torch.Tensor | None = None
+        self._seen_BV: torch.Tensor | None = None
+
+    # ------------------------------------------------------------------------------------------------------ requests
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        sequence_ids: Sequence[int] | None = None,
+        on_token: OnSampleToken | None = None,
+        decode: Decode | None = None,
+        log_probs: bool = False,
+    ) -> Request:
+        """Puts a prompt into the queue.
+
+        Args:
+            prompt_ids: Token ids.
+            params: How to sample and when to end.
+            n: So many samples, which share the reading of the prompt.
+            sequence_ids: Numbers of the random streams, one a sample; by default 0 .. n - 1.
+            on_token: Called as `on_token(sample, token id, log-probability or None)` for every new token; it may
+                cancel the request.
+            decode: ids → text; needed for stop strings, and fills `Completion.text`.
+            log_probs: Record log-probabilities.
+
+        Raises:
+            ValueError: one sentence, for an empty or too long prompt, ids outside the vocabulary, or stop strings
+                without `decode`.
+        """
+        prompt = list(map(int, prompt_ids))
+        self.check(prompt, params, decode=decode)
+        streams = list(range(n)) if sequence_ids is None else list(sequence_ids)
+        if n < 1 or len(streams) != n:
+            raise ValueError(f"{n} samples and {len(streams)} sequence ids; give at least one sample and one id each")
+        request = Request(prompt, params, n, log_probs)
+        request._on_token, request._decode = on_token, decode
+        limit = min(params.max_new_tokens, self.max_length - len(prompt))
+        self._waiting += [_Sequence(request, index, stream, limit) for index, stream in enumerate(streams)]
+        return request
+
+    def check(
+        self, prompt: Sequence[int], params: SamplingParams, *, decode: Decode | None = None, name: str = "the prompt"
+    ) -> None:
+        """Raises the ValueError that `submit` would for this prompt, which the sentence calls `name`."""
+        vocab_size = self.model.config.vocab_size
+        if not prompt:
+            raise ValueError(f"{name} is empty; give at least one token, for example the end-of-text token")
+        if len(prompt) >= self.max_length:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens, which leaves no room in the model's context of {self.max_length}; "
+                f"shorten the prompt"
+            )
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(
+                f"{name} has token id {min(prompt) if min(prompt) < 0 else max(prompt)}, outside the model's "
+                f"vocabulary of {vocab_size}; use the tokenizer that the model was trained with"
+            )
+        if decode is None and params.stop:
+            raise ValueError(
+                "stop strings are given without a decode function; pass decode= (for example ChatEncoder.decode)"
+            )
+        for token in params.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"logit_bias names token id {token}, outside the model's vocabulary of {vocab_size}; use ids of "
+                    f"the model's tokenizer"
+                )
+
+    def cancel(self, request: Request) -> None:
+        """Takes a request back: it is done now, and its slots are free for the next step."""
+        if request.done:
+            return
+        self._waiting = deque(s for s in self._waiting if s.request is not request)
+        self._rows = [None if s is not None and s.request is request else s for s in self._rows]
+        for completion in request.completions:
+            completion.finish_reason = completion.finish_reason or "cancelled"
+        request.cancelled, request._unfinished, request._read = True, 0, None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._waiting) or any(sequence is not None for sequence in self._rows)
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine holds and did; a copy."""
+        running = sum(sequence is not None for sequence in self._rows)
+        return replace(self._counters, running=running, waiting=len(self._waiting))
+
+    def stream(self, prompt_ids: Sequence[int], params: SamplingParams, *, sequence_id: int = 0) -> Iterator[int]:
+        """Yields the new ids of one prompt as they come; closing the iterator takes the request back.
+
+        Stop strings are the business of whoever turns the ids into text (`text.TextStream`, `text.StopStrings`).
+        """
+        request = self.submit(prompt_ids, replace(params, stop=()), sequence_ids=[sequence_id])
+        given = 0
+        try:
+            while not request.done:
+                self.step()
+                new = request.completions[0].ids[given:]
+                given += len(new)
+                yield from new
+        finally:
+            self.cancel(request)
+
+    # ------------------------------------------------------------------------------------------------------- weights
+
+    def load_weights(self, named_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Puts new weights into the model, in place, and forgets all that older ones computed; between two steps.
+
+        Args:
+            named_tensors: All parameters by their names, in any dtype; a tied output layer may be there or not.
+
+        Returns:
+            The version of the weights now.
+
+        Raises:
+            ValueError: for missing or unknown names and other shapes, before anything is changed.
+        """
+        tensors, parameters = dict(named_tensors), dict(self.model.named_parameters())
+        tied = set() if "lm_head.weight" in parameters else {"lm_head.weight"}
+        missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys() - tied)
+        if missing or unknown:
+            wrong = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown"
+            raise ValueError(f"the weights do not fit the model: {wrong}; give every parameter by its name")
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensors[name].shape)}, the model's has {tuple(parameter.shape)}; give "
+                    f"the weights of a model of the same shape"
+                )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+        return self.refresh()
+
+    def refresh(self) -> int:
+        """The same, after somebody else changed the model's weights in place."""
+        self.version += 1
+        self.decoder.refresh()
+        self._prefix.clear()
+        for sequence in (*self._rows, *self._waiting):
+            if sequence is not None:
+                sequence.in_cache, sequence.decoding, sequence.request._read = 0, False, None
+        return self.version
+
+    # --------------------------------------------------------------------------------------------------------- steps
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """Lets sequences into free slots, reads of the prompts what `prefill_chunk` allows, and samples one token for
+        each sequence that can go on.
+
+        Returns:
+            The requests whose last sample ended in this step.
+        """
+        self._admit()
+        self._close_gaps()
+        if not self._used:
+            return []
+        decoding = [sequence is not None and sequence.decoding for sequence in self._rows[: self._used]]
+        read = self._read_prompts()
+        if any(decoding):
+            logits_BV = self._decode(decoding)
+        else:
+            logits_BV = torch.zeros(self._used, self.model.config.vocab_size, device=self.device)
+        for row, logits_V in read:
+            logits_BV[row], decoding[row] = logits_V, True
+        return self._sample(logits_BV, decoding) if any(decoding) else []
+
+    def _admit(self) -> None:
+        """Gives free slots to the sequences that wait longest."""
+        for row in range(self.slots):
+            if self._rows[row] is None and self._waiting:
+                sequence = self._waiting.popleft()
+                sequence.request._waiting -= 1
+                self._rows[row] = sequence
+                self._prepare_row(row, sequence)
+
+    def _prepare_row(self, row: int, sequence: _Sequence) -> None:
+        """Sets what belongs to a slot besides the cache."""
+        self._sampling = None
+        params, shape = sequence.request.params, (self.slots, self.model.config.vocab_size)
+        if params.repetition_penalty != 1.0:
+            if self._seen_BV is None:
+                self._seen_BV = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            self._seen_BV[row] = False
+            self._seen_BV[row, torch.tensor(sequence.ids, device=self.device)] = True
+        if params.logit_bias and self._bias_BV is None:
+            self._bias_BV = torch.zeros(shape, device=self.device)
+        if self._bias_BV is not None:
+            self._bias_BV[row] = 0.0
+            for token, bias in params.logit_bias.items():
+                self._bias_BV[row, token] = bias
+
+    def _close_gaps(self) -> None:
+        """Moves the last rows into free slots before them, so that a step computes no more rows than it must."""
+        taken = [row for row, sequence in enumerate(self._rows) if sequence is not None]
+        used = len(taken)
+        if self.batch_invariant:
+            used = self.slots if taken else 0
+        else:
+            gaps = [row for row in range(used) if self._rows[row] is None]
+            for source, target in zip(reversed(taken), gaps, strict=False):
+                self._move(source, target)
+        if used != self._used:
+            self._used, self._sampling = used, None
+
+    def _move(self, source: int, target: int) -> None:
+        sequence = self._rows[source]
+        assert sequence is not None
+        self._cache.copy_row(source, target, sequence.in_cache)
+        self._rows[target], self._rows[source] = sequence, None
+        for tensor in (self._seen_BV, self._bias_BV):
+            if tensor is not None:
+                tensor[target] = tensor[source]
+        self._sampling = None
+
+    def _new_cache(self, tokens: int) -> KVCache:
+        return KVCache(self.model.config, self.slots, self._bucket(tokens), self.decoder.dtype, self.device)
+
+    def _bucket(self, tokens: int) -> int:
+        """Room for so many tokens: few different sizes, and never more than the context."""
+        length = CACHE_BUCKET
+        while length < tokens:
+            length *= 2
+        return min(length, self.max_length)
+
+    def _reserve(self) -> None:
+        """Makes the slots long enough for every token that is there."""
+        longest = max(len(sequence.ids) for sequence in self._rows if sequence is not None)
+        if longest + 1 > self._cache.max_length:
+            self._cache = self._cache.resized(self._bucket(longest + 1))
+
+    # ------------------------------------------------------------------------------------------------------- prompts
+
+    def _read_prompts(self) -> list[tuple[int, torch.Tensor]]:
+        """Reads prompts into the cache; returns row and logits [V] of those that are read to their end."""
+        self._reserve()
+        unread = [(row, s) for row, s in enumerate(self._rows) if s is not None and not s.decoding]
+        if not unread:
+            return []
+        budget, whole, ends = self.prefill_chunk, [], {}
+        leads: dict[Request, int] = {}  # the sample that reads the prompt, for the others of its request
+        for row, sequence in unread:
+            request = sequence.request
+            if sequence.is_prompt and (request._read is not None or request in leads):
+                continue
+            if sequence.is_prompt:
+                leads[request] = row
+            if budget <= 0:
+                continue
+            if sequence.in_cache == 0:
+                self._find_prefix(row, sequence)
+            left = len(sequence.ids) - sequence.in_cache
+            if not self.batch_invariant and sequence.in_cache == 0 and left <= budget:
+                whole.append(row)
+                budget -= left
+                continue
+            while budget > 0 and sequence.in_cache < len(sequence.ids):
+                start = sequence.in_cache
+                size = INVARIANT_CHUNK if self.batch_invariant else budget
+                budget -= size
+                end = min(start + size, len(sequence.ids))
+                ends[row] = self._read_piece(row, sequence.ids[start:end], start)
+                sequence.in_cache = end
+        if whole:
+            ends |= self._read_whole(whole)
+        return self._share(unread, {row: logits for row, logits in ends.items() if self._is_read(row)})
+
+    def _is_read(self, row: int) -> bool:
+        sequence = self._rows[row]
+        return sequence is not None and sequence.in_cache == len(sequence.ids)
+
+    def _share(
+        self, unread: list[tuple[int, _Sequence]], ends: dict[int, torch.Tensor]
+    ) -> list[tuple[int, torch.Tensor]]:
+        """Copies what one sample of a request read to its other samples; all rows that are ready now, with logits."""
+        readers = {}
+        for row, sequence in unread:
+            if row in ends:
+                self._prefix.store(sequence.ids, partial(self._cache.read, row))
+                if sequence.is_prompt:
+                    readers[sequence.request] = row
+        ready = []
+        for row, sequence in unread:
+            request = sequence.request
+            if row in ends:
+                ready.append((row, ends[row]))
+            elif sequence.is_prompt and request in readers:
+                self._cache.copy_row(readers[request], row, len(sequence.ids))
+                ready.append((row, ends[readers[request]]))
+            elif sequence.is_prompt and request._read is not None:
+                self._cache.write(row, 0, request._read.kv)
+                ready.append((row, request._read.logits_V))
+            else:
+                continue
+            sequence.in_cache = len(sequence.ids)
+        for request, row in readers.items():
+            if request._waiting:
+                kv = self._cache.read(row, 0, len(request.prompt_ids))
+                request._read = _PromptRead(kv, ends[row].clone())
+        for _, sequence in unread:
+            if not sequence.request._waiting:
+                sequence.request._read = None
+        return ready
+
+    def _find_prefix(self, row: int, sequence: _Sequence) -> None:
+        """Copies what is known of the beginning; at least one token is left, to compute the logits behind it."""
+        found = self._prefix.find(sequence.ids[:-1])
+        if found:
+            self._cache.write(row, 0, torch.cat(found, dim=3))
+            sequence.in_cache = len(found) * self._prefix.block
+        if sequence.is_prompt:
+            self._counters.prompt_tokens += len(sequence.ids)
+            self._counters.prefix_hit_tokens += sequence.in_cache
+
+    def _read_whole(self, rows: list[int]) -> dict[int, torch.Tensor]:
+        """Reads texts that nothing is known of, packed end to end; the logits [V] behind each, by row."""
+        sequences = [self._rows[row] for row in rows]
+        texts = [sequence.ids for sequence in sequences if sequence is not None]
+        lengths = [len(ids) for ids in texts]
+        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=self.device)
+        lengths_S = torch.tensor(lengths, device=self.device)
+        rows_N = torch.tensor(rows, device=self.device).repeat_interleave(lengths_S)
+        positions_N = torch.cat([torch.arange(n, device=self.device) for n in lengths])
+        if len(rows) == 1:
+            pattern = AttentionPattern("sdpa")
+        else:
+            backend = "varlen" if self.device.type == "cpu" else None
+            pattern = packed_pattern(rows_N[None], self.decoder.dtype, backend, cu_seqlens)
+            pattern.max_seqlen = max(lengths)
+
+        def attend(layer: int, q_NHD: torch.Tensor, kv_N2GD: torch.Tensor) -> torch.Tensor:
+            self._cache.kv[layer][:, rows_N, :, positions_N] = kv_N2GD
+            q_1HND, k_1GND, v_1GND = (x.transpose(0, 1)[None] for x in (q_NHD, *kv_N2GD.unbind(1)))
+            return attention(q_1HND, k_1GND, v_1GND, pattern)[0].transpose(0, 1)
+
+        ids_N = torch.tensor([i for ids in texts for i in ids], device=self.device)
+        hidden_NE = self.decoder.hidden(ids_N, positions_N, attend)
+        logits_SV = self.decoder.logits(hidden_NE[cu_seqlens[1:].long() - 1])
+        for sequence in sequences:
+            assert sequence is not None
+            sequence.in_cache = len(sequence.ids)
+        return dict(zip(rows, logits_SV, strict=True))
+
+    def _read_piece(self, row: int, ids: list[int], start: int) -> torch.Tensor:
+        """Reads tokens of one row from position `start` on; the logits [V] behind the last of them."""
+        end = start + len(ids)
+        positions_N = torch.arange(start, end, device=self.device)
+        pattern = cached_pattern(positions_N[None], end) if start else AttentionPattern("sdpa")
+
+        def attend(layer: int, q_NHD: torch.Tensor, kv_N2GD: torch.Tensor) -> torch.Tensor:
+            self._cache.kv[layer][:, row, :, start:end] = kv_N2GD.permute(1, 2, 0, 3)
+            k_1GLD, v_1GLD = self._cache.kv[layer][:, row : row + 1, :, :end]
+            return attention(q_NHD.transpose(0, 1)[None], k_1GLD, v_1GLD, pattern)[0].transpose(0, 1)
+
+        hidden_NE = self.decoder.hidden(torch.tensor(ids, device=self.device), positions_N, attend)
+        return self.decoder.logits(hidden_NE[-1:])[0]
+
+    # ------------------------------------------------------------------------------------------------ decode, sample
+
+    def _decode(self, decoding: list[bool]) -> torch.Tensor:
+        """Takes the last token of every row into the cache; logits [B, V] of the next ones.
+
+        Rows that do not decode are computed as well, as if their next token were 0; it is overwritten in the cache when
+        the row gets there.
+        """
+        ids, positions = [0] * self._used, [0] * self._used
+        for row, sequence in enumerate(self._rows[: self._used]):
+            if sequence is not None:
+                positions[row] = sequence.in_cache
+                if decoding[row]:
+                    ids[row] = sequence.ids[-1]
+                    sequence.in_cache += 1
+        positions_B = torch.tensor(positions, device=self.device)
+        attend = (
+            self._attend_alone(positions) if self.batch_invariant else self._attend_together(positions_B, positions)
+        )
+        self._counters.steps += 1
+        return self.decoder.logits(self.decoder.hidden(torch.tensor(ids, device=self.device), positions_B, attend))
+
+    def _attend_together(self, positions_B: torch.Tensor, positions: list[int]) -> Attend:
+        """One call a layer over the part of the cache that any row uses."""
+        B, longest, kv = len(positions), max(positions) + 1, self._cache.kv
+        rows_B = torch.arange(B, device=self.device)
+        visible_BL = torch.arange(longest, device=self.device) <= positions_B[:, None]
+
+        def attend(layer: int, q_BHD: torch.Tensor, kv_B2GD: torch.Tensor) -> torch.Tensor:
+            kv[layer][:, rows_B, :, positions_B] = kv_B2GD
+            k_BGLD, v_BGLD = kv[layer][:, :B, :, :longest]
+            return decode_attention(q_BHD, k_BGLD, v_BGLD, visible_BL)
+
+        return attend
+
+    def _attend_alone(self, positions: list[int]) -> Attend:
+        """Each row by itself over exactly its own tokens."""
+
+        def attend(layer: int, q_BHD: torch.Tensor, kv_B2GD: torch.Tensor) -> torch.Tensor:
+            out_BHD = torch.zeros_like(q_BHD)
+            for row, position in enumerate(positions):
+                if self._rows[row] is None:
+                    continue
+                self._cache.kv[layer][:, row, :, position] = kv_B2GD[row]
+                k_1GLD, v_1GLD = self._cache.kv[layer][:, row : row + 1, :, : position + 1]
+                out_BHD[row] = decode_attention(q_BHD[row : row + 1], k_1GLD, v_1GLD, None)[0]
+            return out_BHD
+
+        return attend
+
+    def _sample(self, logits_BV: torch.Tensor, chosen: list[bool]) -> list[Request]:
+        """Samples the next token of the chosen rows; the requests that end with it."""
+        rows = self._rows[: self._used]
+        if self._sampling is None:
+            params = [IDLE if s is None else s.request.params for s in rows]
+            self._sampling = SamplingTensors.of(params, logits_BV.shape[1], self.device)
+        uniforms_B = None
+        if not self._sampling.all_greedy:
+            numbers = [s.next_uniform() if s is not None and c else 0.0 for s, c in zip(rows, chosen, strict=True)]
+            uniforms_B = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        seen_BV = None if self._seen_BV is None else self._seen_BV[: self._used]
+        bias_BV = None if self._bias_BV is None else self._bias_BV[: self._used]
+        wanted = any(s is not None and s.request._wants_log_probs for s in rows)
+        draw = sample(logits_BV, self._sampling, uniforms_B, seen_BV, bias_BV, log_probs=wanted)
+        if seen_BV is not None:
+            chosen_B = torch.tensor(chosen, device=self.device)[:, None]
+            seen_BV.scatter_(1, draw.ids[:, None], seen_BV.gather(1, draw.ids[:, None]) | chosen_B)
+        ids = draw.ids.tolist()
+        log_probs = draw.log_probs.tolist() if draw.log_probs is not None else None
+        behaviour = draw.behaviour_log_probs.tolist() if draw.behaviour_log_probs is not None else None
+        finished: list[Request] = []
+        for row, sequence in enumerate(rows):
+            if sequence is None or not chosen[row] or sequence.request.done:
+                continue  # the last: cancelled by a callback just now
+            completion = sequence.completion
+            if completion.log_probs is not None:
+                assert log_probs is not None
+                assert behaviour is not None
+                assert completion.behaviour_log_probs is not None
+                assert completion.versions is not None
+                completion.log_probs.append(log_probs[row])
+                completion.behaviour_log_probs.append(behaviour[row])
+                completion.versions.append(self.version)
+            if self._take(row, sequence, ids[row]) and sequence.request.done:
+                finished.append(sequence.request)
+        return finished
+
+    def _take(self, row: int, sequence: _Sequence, token: int) -> bool:
+        """Adds a sampled token to a sequence; whether it ended with it."""
+        request, completion = sequence.request, sequence.completion
+        sequence.ids.append(token)
+        sequence.decoding = True
+        completion.ids.append(token)
+        self._counters.generated_tokens += 1
+        stopped = token in sequence.stop_ids
+        if not stopped and sequence.watcher is not None:
+            stopped = sequence.watcher.push(token)
+        ended = stopped or len(completion.ids) >= sequence.limit
+        if request._on_token is not None:
+            request._on_token(sequence.index, token, completion.log_probs[-1] if completion.log_probs else None)
+            if request.done:  # the callback cancelled it
+                return False
+        if not ended:
+            return False
+        completion.finish_reason = "stop" if stopped else "length"
+        if sequence.watcher is not None:
+            completion.text = sequence.watcher.text()
+        elif request._decode is not None:
+            completion.text = request._decode(completion.ids[:-1] if token in sequence.stop_ids else completion.ids)
+        if not self.batch_invariant:  # what decode steps wrote is not bit for bit what reading the text would write
+            self._prefix.store(sequence.ids[: sequence.in_cache], partial(self._cache.read, row))
+        self._rows[row] = None
+        request._unfinished -= 1
+        return True
+
+
+IDLE = SamplingParams(temperature=0.0)  # of a row that nobody uses
 
 
 def generate(
@@ -66,11 +703,12 @@ def generate(
     log_probs: bool = False,
     sequence_ids: Sequence[int] | None = None,
     batch_size: int = 64,
+    batch_invariant: bool = False,
 ) -> list[Completion]:
-    """Continues every prompt.
+    """Continues every prompt; equal prompts with equal params are read once.
 
     Args:
-        model: In training or evaluation mode (restored afterwards).
+        model: In training or evaluation mode; there is no dropout here.
         prompts: Token ids, of any lengths; or int64 [B, T].
         params: For all prompts, or one each.
         decode: ids → text; needed for stop strings, and fills `Completion.text`.
@@ -78,6 +716,7 @@ def generate(
         log_probs: Record log-probabilities.
         sequence_ids: Numbers of the random streams; by default the index in `prompts`.
         batch_size: Sequences decoded together.
+        batch_invariant: Bit-equal results whatever else is in `prompts`; slower.
 
     Returns:
         One completion a prompt, in the order of the prompts.
@@ -85,31 +724,42 @@ def generate(
     Raises:
         ValueError: for an empty or too long prompt, ids outside the vocabulary, or stop strings without `decode`.
     """
-    checked = _checked_prompts(prompts, model.config)
-    rows = [params] * len(checked) if isinstance(params, SamplingParams) else list(params)
-    streams = list(range(len(checked))) if sequence_ids is None else list(sequence_ids)
-    if len(rows) != len(checked) or len(streams) != len(checked):
+    texts = prompts.tolist() if isinstance(prompts, torch.Tensor) else [list(map(int, prompt)) for prompt in prompts]
+    settings = [params] * len(texts) if isinstance(params, SamplingParams) else list(params)
+    streams = list(range(len(texts))) if sequence_ids is None else list(sequence_ids)
+    if len(settings) != len(texts) or len(streams) != len(texts):
         raise ValueError(
-            f"{len(checked)} prompts but {len(rows)} params and {len(streams)} sequence ids; give one each"
+            f"{len(texts)} prompts but {len(settings)} params and {len(streams)} sequence ids; give one each"
         )
-    if decode is None and any(p.stop for p in rows):
-        raise ValueError(
-            "stop strings are given without a decode function; pass decode= (for example ChatEncoder.decode)"
-        )
+    if not texts:
+        return []
+    slots = batch_size if batch_invariant else min(batch_size, len(texts))
+    engine = Engine(model, slots=slots, prefix_cache_tokens=0, batch_invariant=batch_invariant)
+    same: dict[tuple, list[int]] = {}
+    for i, (ids, p) in enumerate(zip(texts, settings, strict=True)):
+        engine.check(ids, p, decode=decode, name=f"prompt {i}")
+        same.setdefault((id(p), *ids), []).append(i)
     completions: dict[int, Completion] = {}
-    by_length = sorted(range(len(checked)), key=lambda i: len(checked[i]))  # neighbours pad each other least
-    with _evaluating(model):
-        for first in range(0, len(by_length), batch_size):
-            chosen = by_length[first : first + batch_size]
-            batch = _Batch(
-                model,
-                [checked[i] for i in chosen],
-                [rows[i] for i in chosen],
-                [streams[i] for i in chosen],
-                log_probs=log_probs,
-            )
-            completions |= zip(chosen, _run(batch, chosen, decode, on_token), strict=True)
-    return [completions[i] for i in range(len(checked))]
+    for indices in same.values():
+        first = indices[0]
+        heard = None if on_token is None else _by_prompt(on_token, indices)
+        request = engine.submit(
+            texts[first],
+            settings[first],
+            n=len(indices),
+            sequence_ids=[streams[i] for i in indices],
+            on_token=heard,
+            decode=decode,
+            log_probs=log_probs,
+        )
+        completions |= zip(indices, request.completions, strict=True)
+    while engine.has_work:
+        engine.step()
+    return [completions[i] for i in range(len(texts))]
+
+
+def _by_prompt(on_token: OnToken, indices: list[int]) -> OnSampleToken:
+    return lambda sample, token, _: on_token(indices[sample], token)
 
 
 def stream(model: MiniGPT, prompt_ids: Sequence[int], params: SamplingParams, *, sequence_id: int = 0) -> Iterator[int]:
@@ -120,16 +770,9 @@ def stream(model: MiniGPT, prompt_ids: Sequence[int], params: SamplingParams, *,
     Raises:
         ValueError: for an empty or too long prompt or ids outside the vocabulary (at the first `next`).
     """
-    prompts = _checked_prompts([prompt_ids], model.config)
-    with _evaluating(model):
-        batch = _Batch(model, prompts, [params], [sequence_id])
-        batch.prefill()
-        while True:
-            batch.sample()
-            yield int(batch.last_ids_B[0])
-            if not any(batch.alive):
-                return
-            batch.forward()
+    engine = Engine(model, slots=1, prefix_cache_tokens=0)
+    engine.check(list(prompt_ids), replace(params, stop=()), name="prompt 0")
+    yield from engine.stream(prompt_ids, params, sequence_id=sequence_id)
 
 
 def generate_ids(
@@ -203,32 +846,6 @@ def stop_token_ids(model: MiniGPT) -> tuple[int, ...]:
     return tuple(loaded) if loaded else END_IDS
 
 
-def _run(batch: _Batch, prompts: list[int], decode: Decode | None, on_token: OnToken | None) -> list[Completion]:
-    """Decodes until every sequence has ended; `prompts` are the numbers that the callback knows them by."""
-    watchers = {i: _StopWatcher(decode, p.stop) for i, p in enumerate(batch.params) if decode and p.stop}
-    batch.prefill()
-    while True:
-        before = list(batch.alive)
-        batch.sample()
-        if watchers or on_token:
-            for sequence, alive, token in zip(batch.sequence, before, batch.last_ids_B.tolist(), strict=True):
-                if alive and on_token:
-                    on_token(prompts[sequence], token)
-                is_text = alive and token not in batch.params[sequence].stop_token_ids
-                if is_text and sequence in watchers and watchers[sequence].push(token):
-                    batch.finish([sequence], "stop")
-        if not any(batch.alive):
-            break
-        batch.forward()
-    completions = batch.completions()
-    for i, completion in enumerate(completions):
-        if i in watchers:
-            completion.text = watchers[i].text()
-        elif decode is not None:
-            completion.text = decode(_without_stop_token(completion, batch.params[i]))
-    return completions
-
-
 class _StopWatcher:
     """The text of one row up to its first stop string."""
 
@@ -242,222 +859,3 @@ class _StopWatcher:
     def text(self) -> str:
         self._parts += [self._stop.push(self._decoder.flush()), self._stop.flush()]
         return "".join(self._parts)
-
-
-class _Batch:
-    """B sequences that are decoded together: `prefill`, then `sample` and `forward` in turn until no row is alive.
-
-    Tensors and lists are per row of the current batch, which shrinks; `sequence` says which of the B sequences a row
-    is. Results are stored per sequence.
-    """
-
-    def __init__(
-        self,
-        model: MiniGPT,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-        sequence_ids: list[int],
-        *,
-        log_probs: bool = False,
-    ) -> None:
-        self.model, self.prompts, self.params, self.sequence_ids = model, prompts, params, sequence_ids
-        self.device = model.model.embed_tokens.weight.device
-        B, context = len(prompts), model.config.max_position_embeddings
-        limits = [min(p.max_new_tokens, context - len(prompt)) for p, prompt in zip(params, prompts, strict=True)]
-        self.step = 0  # new tokens so far
-
-        self.sequence = list(range(B))
-        self.alive = [True] * B
-        self.alive_B = torch.ones(B, dtype=torch.bool, device=self.device)
-        self.sequence_B = torch.arange(B, device=self.device)
-        self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)  # tokens in the cache
-        self.limits_B = torch.tensor(limits, device=self.device)
-        self.stop_ids_BS = _padded([list(p.stop_token_ids) for p in params], fill=-1).to(self.device)
-        self.sampling = SamplingTensors.of(params, model.config.vocab_size, self.device)
-        self.seen_BV = self._seen_tokens() if self.sampling.repetition_penalty is not None else None
-        self.uniforms_BK: torch.Tensor | None = None  # the random numbers of the next K steps
-        self.cache: KVCache
-        self.logits_BV: torch.Tensor  # of the next token
-        self.last_ids_B: torch.Tensor  # sampled, not in the cache yet
-
-        self.capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-        self.new_ids = torch.zeros(B, max(limits), dtype=torch.int64, device=self.device)
-        self.log_probs = torch.zeros(2, B, max(limits), device=self.device) if log_probs else None
-        self.counts = [0] * B
-        self.finish_reasons = ["length"] * B
-
-    @torch.no_grad()
-    def prefill(self) -> None:
-        """Reads the prompts into the cache and computes the logits of the first new tokens."""
-        longest = max(len(prompt) for prompt in self.prompts)
-        self.cache = self._new_cache(len(self.prompts), self._bucket(longest + 1))
-        logits = []
-        group_size = max(1, PREFILL_TOKENS // longest)
-        for first in range(0, len(self.prompts), group_size):
-            group = self.prompts[first : first + group_size]
-            logits.append(self._prefill_group(group, slice(first, first + len(group))))
-        self.logits_BV = torch.cat(logits)
-
-    def _prefill_group(self, prompts: list[list[int]], rows: slice) -> torch.Tensor:
-        """Fills the cache of some rows from a cache of exactly their length, where plain causal attention is enough."""
-        ids_BT = _padded(prompts, fill=0).to(self.device)
-        B, T = ids_BT.shape
-        positions_BT = torch.arange(T, device=self.device).expand(B, T)
-        cache = self._new_cache(B, T)
-        pattern = AttentionPattern(self.model.attention_backend or "sdpa")
-        hidden_BTE = self.model.model(ids_BT, positions_BT, pattern, cache)
-        for stored, new in zip((*self.cache.k, *self.cache.v), (*cache.k, *cache.v), strict=True):
-            stored[rows, :, :T] = new
-        last_BE = hidden_BTE[torch.arange(B, device=self.device), self.lengths_B[rows] - 1]
-        return self.model.lm_head(last_BE)
-
-    @torch.no_grad()
-    def sample(self) -> None:
-        """Samples the next token of every row into `last_ids_B` and ends the sequences for which it is the last."""
-        draw = sample(
-            self.logits_BV, self.sampling, self._uniforms(), self.seen_BV, log_probs=self.log_probs is not None
-        )
-        self.last_ids_B = draw.ids
-        self.new_ids[self.sequence_B, self.step] = draw.ids
-        if self.log_probs is not None:
-            assert draw.log_probs is not None
-            assert draw.behaviour_log_probs is not None
-            self.log_probs[0, self.sequence_B, self.step] = draw.log_probs
-            self.log_probs[1, self.sequence_B, self.step] = draw.behaviour_log_probs
-        if self.seen_BV is not None:
-            self.seen_BV.scatter_(1, draw.ids[:, None], True)
-        self.step += 1
-        stopped_B = (draw.ids[:, None] == self.stop_ids_BS).any(1)
-        ended_B = self.alive_B & (stopped_B | (self.step >= self.limits_B))
-        if bool(ended_B.any()):
-            self.finish([self.sequence[i] for i in (ended_B & stopped_B).nonzero().flatten().tolist()], "stop")
-            self.finish([self.sequence[i] for i in (ended_B & ~stopped_B).nonzero().flatten().tolist()], "length")
-
-    def finish(self, sequences: list[int], reason: str) -> None:
-        """Ends sequences with the token just sampled."""
-        for sequence in sequences:
-            row = self.sequence.index(sequence)
-            if self.alive[row]:
-                self.alive[row], self.counts[sequence] = False, self.step
-                self.alive_B[row] = False
-            self.finish_reasons[sequence] = reason
-
-    @torch.no_grad()
-    def forward(self) -> None:
-        """Puts the sampled tokens into the cache and computes the logits of the next ones."""
-        if 2 * sum(self.alive) <= len(self.alive):
-            self._drop_ended_rows()
-        rows = zip(self.sequence, self.alive, strict=True)
-        longest = self.step + max(len(self.prompts[s]) for s, alive in rows if alive)
-        if longest > self.cache.max_length:
-            self.cache = self._copied_cache(torch.arange(len(self.sequence)), self._bucket(longest))
-        # rows that ended stand still: their last place is written again, never one beyond the cache
-        self.logits_BV = self.model(
-            self.last_ids_B[:, None], position_ids=self.lengths_B[:, None], kv_cache=self.cache
-        ).logits[:, 0]
-        self.lengths_B = self.lengths_B + self.alive_B
-
-    def completions(self) -> list[Completion]:
-        """The results, in the order of the prompts."""
-        ids = self.new_ids.tolist()
-        log_probs, behaviour = self.log_probs.tolist() if self.log_probs is not None else (None, None)
-        return [
-            Completion(
-                ids=ids[i][:count],
-                finish_reason=self.finish_reasons[i],
-                log_probs=log_probs[i][:count] if log_probs else None,
-                behaviour_log_probs=behaviour[i][:count] if behaviour else None,
-            )
-            for i, count in enumerate(self.counts)
-        ]
-
-    def _drop_ended_rows(self) -> None:
-        keep = [row for row, alive in enumerate(self.alive) if alive]
-        kept = torch.tensor(keep, device=self.device)
-        self.cache = self._copied_cache(kept, self.cache.max_length)
-        self.sequence, self.alive = [self.sequence[row] for row in keep], [True] * len(keep)
-        for name in ("alive_B", "sequence_B", "lengths_B", "limits_B", "stop_ids_BS", "last_ids_B"):
-            setattr(self, name, getattr(self, name)[kept])
-        self.sampling = self.sampling.rows(kept)
-        self.seen_BV = None if self.seen_BV is None else self.seen_BV[kept]
-        self.uniforms_BK = None if self.uniforms_BK is None else self.uniforms_BK[kept]
-
-    def _uniforms(self) -> torch.Tensor | None:
-        """One random number a row for this step, made for many steps at a time."""
-        if self.sampling.all_greedy:
-            return None
-        offset = self.step % UNIFORMS_BLOCK
-        if offset == 0 or self.uniforms_BK is None:
-            block = [
-                uniforms(
-                    self.params[s].seed,
-                    self.sequence_ids[s],
-                    len(self.prompts[s]) + self.step - offset,
-                    UNIFORMS_BLOCK,
-                )
-                for s in self.sequence
-            ]
-            self.uniforms_BK = torch.from_numpy(np.stack(block)).to(self.device)
-        return self.uniforms_BK[:, offset]
-
-    def _seen_tokens(self) -> torch.Tensor:
-        seen_BV = torch.zeros(len(self.prompts), self.model.config.vocab_size, dtype=torch.bool)
-        for row, prompt in enumerate(self.prompts):
-            seen_BV[row, prompt] = True
-        return seen_BV.to(self.device)
-
-    def _bucket(self, tokens: int) -> int:
-        """Cache length for so many tokens: few different shapes, and never more than can be needed."""
-        length = CACHE_BUCKET
-        while length < tokens:
-            length *= 2
-        return min(length, self.capacity)
-
-    def _new_cache(self, rows: int, length: int) -> KVCache:
-        return KVCache(self.model.config, rows, length, self.model.model.embed_tokens.weight.dtype, self.device)
-
-    def _copied_cache(self, rows: torch.Tensor, length: int) -> KVCache:
-        """A cache of `length` tokens with the contents of the given rows."""
-        new, old_length = self._new_cache(len(rows), length), self.cache.max_length
-        for target, source in zip((*new.k, *new.v), (*self.cache.k, *self.cache.v), strict=True):
-            target[:, :, :old_length] = source[rows]
-        return new
-
-
-def _checked_prompts(prompts: Sequence[Sequence[int]] | torch.Tensor, config: MiniGPTConfig) -> list[list[int]]:
-    rows = prompts.tolist() if isinstance(prompts, torch.Tensor) else [list(map(int, prompt)) for prompt in prompts]
-    for i, row in enumerate(rows):
-        if not row:
-            raise ValueError(f"prompt {i} is empty; give at least one token, for example the end-of-text token")
-        if len(row) >= config.max_position_embeddings:
-            raise ValueError(
-                f"prompt {i} has {len(row)} tokens, which leaves no room in the model's context of "
-                f"{config.max_position_embeddings}; shorten the prompt"
-            )
-        if min(row) < 0 or max(row) >= config.vocab_size:
-            raise ValueError(
-                f"prompt {i} has token id {min(row) if min(row) < 0 else max(row)}, outside the model's vocabulary of "
-                f"{config.vocab_size}; use the tokenizer that the model was trained with"
-            )
-    return rows
-
-
-def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:
-    """int64 [B, longest], filled on the right."""
-    longest = max((len(row) for row in rows), default=0)
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=torch.int64)
-
-
-def _without_stop_token(completion: Completion, params: SamplingParams) -> list[int]:
-    ended = completion.ids and completion.ids[-1] in params.stop_token_ids
-    return completion.ids[:-1] if ended else completion.ids
-
-
-@contextmanager
-def _evaluating(model: MiniGPT) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

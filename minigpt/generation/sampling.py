@@ -11,7 +11,7 @@ Shapes: B rows, V vocabulary. All arithmetic in float32, sums of probabilities i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +35,7 @@ class SamplingParams:
         stop_token_ids: A sequence ends with the first of these.
         stop: A sequence ends when its text contains one of these strings, which are cut off the text.
         seed: Of the random streams. Sequence i draws from stream (seed, i).
+        logit_bias: Token ids and what is added to their logits, before the temperature.
     """
 
     max_new_tokens: int = 256
@@ -46,6 +47,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = field(default=())
     seed: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -59,6 +61,7 @@ class SamplingParams:
             ("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "greater than 0"),
             ("seed", 0 <= self.seed < 2**64, "between 0 and 2^64 - 1"),
             ("stop", all(self.stop), "strings that are not empty"),
+            ("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "finite numbers"),
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give {wanted}")
@@ -215,6 +218,7 @@ def sample(
     params: SamplingTensors,
     uniforms_B: torch.Tensor | None,
     seen_BV: torch.Tensor | None = None,
+    bias_BV: torch.Tensor | None = None,
     *,
     log_probs: bool = False,
 ) -> Draw:
@@ -225,6 +229,7 @@ def sample(
         params: the rows' settings.
         uniforms_B: float64 [B] in [0, 1); None is enough when all rows are greedy.
         seen_BV: bool, which tokens occurred in each row; needed when a row has a repetition penalty.
+        bias_BV: float32, added to the logits behind the penalty.
         log_probs: also return the log-probabilities.
     """
     logits_BV = logits_BV.float()
@@ -233,13 +238,15 @@ def sample(
     if params.repetition_penalty is not None:
         assert seen_BV is not None
         chosen_from = penalize_repetition(logits_BV, seen_BV, params.repetition_penalty)
+    if bias_BV is not None:
+        chosen_from = chosen_from + bias_BV
     filtered = None
     if params.all_greedy:
         ids = chosen_from.argmax(1)
     else:
         assert uniforms_B is not None
-        penalized = params.repetition_penalty is not None
-        filtered = filter_logits(chosen_from / params.temperature if penalized else tempered, params)
+        same = chosen_from is logits_BV
+        filtered = filter_logits(tempered if same else chosen_from / params.temperature, params)
         ids = torch.where(params.greedy, chosen_from.argmax(1), draw(filtered, uniforms_B))
     if not log_probs:
         return Draw(ids)

@@ -17,7 +17,8 @@ class KVCache:
     at position p sees the indices 0..p of its own row, and whatever lies behind a row's last token is never seen and
     is overwritten when the row grows.
 
-    Shapes: `k[layer]`, `v[layer]`: [batch_size, num_key_value_heads, max_length, head_dim].
+    Shapes: `kv`: [layers, 2, batch_size, num_key_value_heads, max_length, head_dim], of which `k[layer]` and
+    `v[layer]` are views.
     """
 
     def __init__(
@@ -30,8 +31,12 @@ class KVCache:
     ) -> None:
         self.batch_size, self.max_length = batch_size, max_length
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.kv = torch.zeros(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
+        self._name_layers()
+
+    def _name_layers(self) -> None:
+        # detached: where gradients are recorded, a write into one layer is no business of the others
+        self.k, self.v = ([self.kv[layer, i].detach() for layer in range(len(self.kv))] for i in (0, 1))
 
     def update(
         self, layer: int, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, position_ids_BS: torch.Tensor
@@ -46,9 +51,33 @@ class KVCache:
         """A cache of its own with copies of the rows of these numbers (int64 [N]); a row may be taken several times."""
         chosen = object.__new__(KVCache)
         chosen.batch_size, chosen.max_length = len(index_N), self.max_length
-        chosen.k, chosen.v = [k[index_N] for k in self.k], [v[index_N] for v in self.v]
+        chosen.kv = self.kv[:, :, index_N]
+        chosen._name_layers()
         return chosen
+
+    def resized(self, max_length: int) -> KVCache:
+        """A cache with the same contents and room for more tokens."""
+        larger = object.__new__(KVCache)
+        larger.batch_size, larger.max_length = self.batch_size, max_length
+        shape = list(self.kv.shape)
+        shape[4] = max_length
+        larger.kv = self.kv.new_zeros(shape)
+        larger.kv[..., : self.max_length, :] = self.kv
+        larger._name_layers()
+        return larger
+
+    def copy_row(self, source: int, target: int, tokens: int) -> None:
+        """The first `tokens` of one row become those of another."""
+        self.kv[:, :, target, :, :tokens] = self.kv[:, :, source, :, :tokens]
+
+    def read(self, row: int, start: int, end: int) -> torch.Tensor:
+        """A copy of some positions of a row: [layers, 2, num_key_value_heads, end - start, head_dim]."""
+        return self.kv[:, :, row, :, start:end].clone()
+
+    def write(self, row: int, start: int, kv: torch.Tensor) -> None:
+        """Puts what `read` gave into a row, from position `start` on."""
+        self.kv[:, :, row, :, start : start + kv.shape[3]] = kv
 
     def bytes(self) -> int:
         """Memory held, in bytes."""
-        return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
+        return self.kv.numel() * self.kv.element_size()
