@@ -124,8 +124,8 @@ class TrainOptions:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("global_batch_size", "seq_len", "eval_rows", "eval_limit", "keep_checkpoints", "log_interval")
-        counts += ("max_nan_steps",)
+        counts = ["global_batch_size", "seq_len", "eval_rows", "eval_limit", "keep_checkpoints", "log_interval"]
+        counts += ["max_nan_steps"]
         optional = ("max_steps", "micro_batch_size", *SHAPE)
         for name in (*counts, *(name for name in optional if getattr(self, name) is not None)):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
