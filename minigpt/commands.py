@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -196,7 +197,7 @@ def import_hf(options: ImportOptions) -> None:
         raise UserError(f"{options.output} is not empty; give another --output")
     if options.folder.is_dir() and not (options.folder / "tokenizer.json").exists():
         raise UserError(f"{options.folder} has no tokenizer.json; add the model's tokenizer to the folder")
-    is_new = not options.output.exists()
+    made = [folder for folder in (options.output, *options.output.parents) if not folder.exists()]
     options.output.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=options.output, prefix=".partial-") as name:
@@ -207,8 +208,9 @@ def import_hf(options: ImportOptions) -> None:
             (folder / "summary.json").replace(options.output / "summary.json")
             folder.rename(options.output / "hf")
     except BaseException:
-        if is_new:
-            shutil.rmtree(options.output)
+        with contextlib.suppress(OSError):  # a folder that somebody else has put something into stays
+            for folder in made:
+                folder.rmdir()
         raise
     print(f"written to {options.output}; use it as --init {options.output} or with minigpt chat")
 
