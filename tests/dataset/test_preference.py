@@ -115,15 +115,16 @@ def test_packing_keeps_pairs_together_and_never_overlaps(rows):
     assert sorted(seen) == list(range(200))
 
 
-def test_rows_are_full_where_lengths_allow():
-    """256 pairs of 40 tokens a side on average, in rows of 256."""
+def test_rows_are_full_but_for_the_last_micro_batch_of_a_step():
+    """256 pairs of 40 tokens a side on average, in rows of 256: small passes waste little, the chosen ones 6 %."""
     data = Pairs(600, seq_len=256, longest=40)
-    rows = choose_rows(data, pairs_per_step=256, world_size=1, max_tokens=4096)
-    tokens = positions = 0
-    for window in islice(pair_steps(data, rows=rows, global_batch_size=256), 8):
-        tokens += sum(pair_statistics(batch).tokens for batch in window)
-        positions += len(window) * rows * 256
-    assert tokens / positions >= 0.95
+    chosen = choose_rows(data, pairs_per_step=256, world_size=1, max_tokens=4096)
+    for rows, fill in ((2, 0.97), (4, 0.96), (chosen, 0.92)):
+        tokens = positions = 0
+        for window in islice(pair_steps(data, rows=rows, global_batch_size=256), 8):
+            tokens += sum(pair_statistics(batch).tokens for batch in window)
+            positions += len(window) * rows * 256
+        assert tokens / positions >= fill
 
 
 @pytest.mark.parametrize(("lengths", "rows", "fits"), [((64, 64), 2, True), ((64, 1), 1, False), ((40, 24), 1, True)])
