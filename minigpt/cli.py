@@ -66,6 +66,12 @@ VERBS: dict[str, Verb] = {
     "train dpo": _train("train_dpo", "DPOOptions", "tune a model on pairs of a better and a worse answer"),
     "train reward": _train("train_reward", "RewardOptions", "learn from such pairs how good an answer is"),
     "chat": Verb("minigpt.generation.chat:chat", "minigpt.generation.chat:ChatOptions", "talk to a model", True),
+    "serve": Verb(
+        "minigpt.serve.command:serve",
+        "minigpt.serve.command:ServeOptions",
+        "an OpenAI-compatible server for a model, and a chat page",
+        True,
+    ),
     "generate": Verb(
         "minigpt.generation.command:run_generate",
         "minigpt.generation.command:GenerateOptions",

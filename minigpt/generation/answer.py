@@ -49,6 +49,11 @@ class AnswerStream:
         self._answer = ""
         self._tool_calls: list[str] = []
 
+    @property
+    def inside(self) -> str:
+        """The part that the next token belongs to, unless it is a tag."""
+        return self._kind
+
     def push(self, token_id: int) -> list[Part]:
         """Takes one id, returns the text that is certain now."""
         if token_id not in self._kind_after:

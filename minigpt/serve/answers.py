@@ -1,0 +1,292 @@
+"""From tokens to the objects that OpenAI's clients expect: whole answers and streamed pieces.
+
+The thinking part goes to `reasoning_content`, what stands in `<answer>` or outside of any tag to `content`; the tags
+themselves are left out, tool calls become `tool_calls`. Stop strings are looked for in the visible text, thinking and
+answer taken as one.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from minigpt.dataset.chat import ChatEncoder
+from minigpt.generation.answer import ANSWER, THINKING, TOOL_CALL, AnswerStream, Part
+from minigpt.generation.text import REPLACEMENT, Decode, StopStrings, TextStream
+from minigpt.serve.worker import Token
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>")
+
+
+def visible_decode(encoder: ChatEncoder) -> Decode:
+    """ids → text without tags: what the engine looks for stop strings in, in a chat."""
+    tags = {encoder.tokenizer.token_to_id(tag) for tag in TAGS}
+    return lambda ids: encoder.decode([i for i in ids if i not in tags])
+
+
+class PlainStream:
+    """The tokens of a continued text; the interface of `AnswerStream`."""
+
+    def __init__(self, encoder: ChatEncoder) -> None:
+        self._text = TextStream(encoder.decode)
+        self.inside = ANSWER
+
+    def push(self, token_id: int) -> list[Part]:
+        """Takes one id, returns the text that is certain now."""
+        return [Part(ANSWER, text)] if (text := self._text.push(token_id)) else []
+
+    def flush(self) -> list[Part]:
+        """Returns what is left at the end."""
+        return [Part(ANSWER, text)] if (text := self._text.flush()) else []
+
+
+class Choice:
+    """One sample of an answer while it is made.
+
+    Args:
+        encoder: Of the model.
+        parts: Sorts tokens into parts.
+        stop_ids: Tokens that end an answer; they are not shown.
+        stop: Strings that end it; cut off.
+        log_probs: Whether to record them.
+
+    Attributes:
+        parts: Visible text since `take` was called last.
+        log_probs: (id, log-probability) since `take` was called last.
+        tokens: New tokens so far, a stop token included.
+        thinking_tokens: How many of them stood in the thinking part.
+    """
+
+    def __init__(
+        self,
+        encoder: ChatEncoder,
+        stream: AnswerStream | PlainStream,
+        stop_ids: Sequence[int],
+        stop: Sequence[str],
+        log_probs: bool,
+    ) -> None:
+        self.stream, self.finish_reason = stream, "length"
+        self.tokens = self.thinking_tokens = 0
+        self._encoder, self._stop_ids, self._wants_log_probs = encoder, frozenset(stop_ids), log_probs
+        self._stop = StopStrings(stop)
+        self._held: deque[Part] = deque()  # given to `_stop` and not given back
+        self._parts: list[Part] = []
+        self._calls = ""
+        self._log_probs: list[tuple[int, float]] = []
+
+    def push(self, token: Token) -> None:
+        """Takes the next token; what follows a stop string is passed over."""
+        if self._stop.found is not None:
+            return
+        self.tokens += 1
+        if token.id in self._stop_ids:
+            return
+        if self._wants_log_probs and token.log_prob is not None:
+            self._log_probs.append((token.id, token.log_prob))
+        self._show(self.stream.push(token.id))
+        self.thinking_tokens += self.stream.inside == THINKING
+
+    def finish(self, reason: str) -> None:
+        """The sample has ended: gives out what was held back."""
+        self._show(self.stream.flush())
+        self._release(self._stop.flush())
+        self.finish_reason = "stop" if self._stop.found is not None else reason
+
+    def take(self) -> tuple[list[Part], list[tuple[int, float]]]:
+        """Text, neighbours of one kind joined, and log-probabilities since the last call."""
+        parts: list[Part] = []
+        for part in self._parts:
+            if parts and parts[-1].kind == part.kind:
+                parts[-1] = Part(part.kind, parts[-1].text + part.text)
+            else:
+                parts.append(part)
+        log_probs, self._parts, self._log_probs = self._log_probs, [], []
+        return parts, log_probs
+
+    def failed_calls(self) -> str:
+        """Visible text of tool calls that are no JSON, to be shown as the text that it is."""
+        return "" if self.tool_calls() else self._calls
+
+    def _show(self, parts: list[Part]) -> None:
+        for part in parts:
+            self._held.append(part)
+            self._release(self._stop.push(part.text))
+
+    def _release(self, text: str) -> None:
+        """Gives back as many characters as `_stop` let pass, with the kinds they came with."""
+        left = len(text)
+        while left > 0:
+            part = self._held.popleft()
+            self._parts.append(Part(part.kind, part.text[:left]))
+            self._calls += part.text[:left] if part.kind == TOOL_CALL else ""
+            if len(part.text) > left:
+                self._held.appendleft(Part(part.kind, part.text[left:]))
+            left -= len(part.text)
+
+    def tool_calls(self) -> list[dict[str, Any]]:
+        """The calls that the answer made, in OpenAI's shape."""
+        if not isinstance(self.stream, AnswerStream):
+            return []
+        return [
+            {
+                "id": f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {
+                    "name": str(call["name"]),
+                    "arguments": call["arguments"]
+                    if isinstance(call["arguments"], str)
+                    else json.dumps(call["arguments"], ensure_ascii=False),
+                },
+            }
+            for call in self.stream.message().get("tool_calls", [])
+        ]
+
+
+class Envelope:
+    """Builds the objects of one response: `id`, `created` and `model` are the same in all of them.
+
+    Args:
+        encoder: Of the model.
+        model: Its name.
+        chat: Chat, or the continuation of texts.
+    """
+
+    def __init__(self, encoder: ChatEncoder, model: str, chat: bool) -> None:
+        self._encoder, self._chat = encoder, chat
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
+        self._object = "chat.completion" if chat else "text_completion"
+
+    def whole(self, choices: Sequence[Choice], usage: dict[str, Any], log_probs: bool) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
+        make = self._chat_choice if self._chat else self._text_choice
+        made = [make(index, choice, log_probs) for index, choice in enumerate(choices)]
+        return {**self._head, "object": self._object, "choices": made, "usage": usage}
+
+    def event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+        """One server-sent event."""
+        kind = "chat.completion.chunk" if self._chat else self._object
+        record = {**self._head, "object": kind, "choices": choices}
+        if usage is not None:
+            record["usage"] = usage
+        return event(record)
+
+    def greeting(self, index: int) -> list[dict[str, Any]]:
+        """What a streamed chat answer begins with."""
+        return [_chunk(index, {"role": "assistant", "content": ""})] if self._chat else []
+
+    def pieces(self, index: int, choice: Choice) -> list[dict[str, Any]]:
+        """The new text of a streamed choice, one object for each kind of text in it."""
+        parts, drawn = choice.take()
+        log_probs = self._log_probs(drawn) if drawn else None
+        if not self._chat:
+            text = "".join(part.text for part in parts)
+            return [_text_chunk(index, text, log_probs)] if text or log_probs else []
+        deltas = [
+            {"reasoning_content" if part.kind == THINKING else "content": part.text}
+            for part in parts
+            if part.kind != TOOL_CALL
+        ]
+        if log_probs and not deltas:
+            deltas = [{}]
+        chunks = [_chunk(index, delta) for delta in deltas]
+        if log_probs:
+            chunks[0]["logprobs"] = log_probs
+        return chunks
+
+    def ending(self, index: int, choice: Choice) -> list[dict[str, Any]]:
+        """The last objects of a streamed choice, which has been finished."""
+        chunks = self.pieces(index, choice)
+        if not self._chat:
+            return [*chunks, _text_chunk(index, "", None, choice.finish_reason)]
+        reason = choice.finish_reason
+        if calls := choice.tool_calls():
+            listed = [{"index": i, **call} for i, call in enumerate(calls)]
+            chunks.append(_chunk(index, {"tool_calls": listed}))
+            reason = "tool_calls" if reason == "stop" else reason
+        elif choice.failed_calls():
+            chunks.append(_chunk(index, {"content": choice.failed_calls()}))
+        return [*chunks, _chunk(index, {}, reason)]
+
+    def _chat_choice(self, index: int, choice: Choice, log_probs: bool) -> dict[str, Any]:
+        parts, drawn = choice.take()
+        thinking = "".join(part.text for part in parts if part.kind == THINKING)
+        content = "".join(part.text for part in parts if part.kind == ANSWER)
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if thinking:
+            message["reasoning_content"] = thinking
+        reason = choice.finish_reason
+        if calls := choice.tool_calls():
+            message["tool_calls"] = calls
+            message["content"] = content or None
+            reason = "tool_calls" if reason == "stop" else reason
+        else:
+            message["content"] += choice.failed_calls()
+        listed = self._log_probs(drawn) if log_probs else None
+        return {"index": index, "message": message, "logprobs": listed, "finish_reason": reason}
+
+    def _text_choice(self, index: int, choice: Choice, log_probs: bool) -> dict[str, Any]:
+        parts, drawn = choice.take()
+        text = "".join(part.text for part in parts)
+        return _text_chunk(index, text, self._log_probs(drawn) if log_probs else None, choice.finish_reason)
+
+    def _log_probs(self, drawn: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        texts = [self._encoder.decode([i], skip_special_tokens=False) for i, _ in drawn]
+        if self._chat:
+            content = [
+                {"token": text, "logprob": log_prob, "bytes": token_bytes(self._encoder, i, text), "top_logprobs": []}
+                for (i, log_prob), text in zip(drawn, texts, strict=True)
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": texts,
+            "token_logprobs": [log_prob for _, log_prob in drawn],
+            "top_logprobs": [{text: log_prob} for (_, log_prob), text in zip(drawn, texts, strict=True)],
+            "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+        }
+
+
+def event(record: dict[str, Any]) -> bytes:
+    """A record as a server-sent event."""
+    return b"data: " + json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, Any]:
+    """Token counts of a request."""
+    new = sum(choice.tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": new,
+        "total_tokens": prompt_tokens + new,
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.thinking_tokens for choice in choices)},
+    }
+
+
+def _chunk(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _text_chunk(index: int, text: str, log_probs: Any, finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish_reason}
+
+
+def token_bytes(encoder: ChatEncoder, token_id: int, text: str) -> list[int] | None:
+    """The bytes of a token, also where they are only a part of a character; None where they cannot be told."""
+    if REPLACEMENT not in text:
+        return list(text.encode())
+    name = encoder.tokenizer.id_to_token(token_id) or ""
+    known = _byte_of_character()
+    return [known[c] for c in name] if all(c in known for c in name) else None
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """The alphabet of byte-level BPE (GPT-2): printable bytes stand for themselves, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,0 +1,199 @@
+"""`minigpt serve`: from the command line to a server that listens."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minigpt.errors import UserError
+from minigpt.generation.command import thinking_switch
+
+DRAIN_SECONDS = 10
+
+
+@dataclass
+class ServeOptions:
+    """Options of `minigpt serve`. Sampling settings are the defaults of requests that name none.
+
+    Args:
+        run: Run folder, Hugging Face folder or .pth file.
+        host: Address to listen on. Any but this machine's own needs --api_key.
+        port: Port; 0 takes a free one.
+        api_key: What clients must send as Authorization: Bearer KEY.
+        name: Of the model, as clients see it; by default the run's folder.
+        slots: Sequences that are decoded together.
+        max_waiting: Sequences that may wait for a slot; further requests get status 429.
+        max_n: Most texts for one prompt.
+        max_new_tokens: Most tokens of an answer when the request does not say.
+        temperature: 0 always takes the most probable token; larger is more random.
+        top_k: Sample among the k most probable tokens only; 0: all.
+        top_p: Sample among the most probable tokens that make up this probability; 1: all.
+        min_p: Drop tokens less than this fraction as probable as the best one; 0: none.
+        repetition_penalty: Above 1 makes tokens that already occurred less probable.
+        think: Thinking on, off, or auto: as the model likes.
+        device: auto, cpu or cuda.
+        dtype: auto, fp32 or bf16.
+        adapter: A LoRA adapter for the model: the folder of one in PEFT's format, or a run that trained one.
+    """
+
+    run: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    name: str | None = None
+    slots: int = 16
+    max_waiting: int = 256
+    max_n: int = 8
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 0.9
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    think: Literal["auto", "on", "off"] = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    adapter: Path | None = None
+
+    def enable_thinking(self) -> bool | None:
+        """The default of the chat template's switch."""
+        return thinking_switch(self.think)
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve a model over HTTP: the API of OpenAI, and a chat page at /.
+
+    Raises:
+        UserError, ValueError, FileNotFoundError: one sentence, for options that mean nothing, a port that is taken or
+            a run that cannot be loaded.
+    """
+    check(options)
+    listening = listen(options.host, options.port)
+    try:
+        crashed = _serve(options, listening)
+    finally:
+        listening.close()
+    if crashed:
+        sys.exit(1)
+
+
+def check(options: ServeOptions) -> None:
+    """Raises UserError or ValueError for options that mean nothing."""
+    from minigpt.generation.sampling import SamplingParams
+
+    shared = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    SamplingParams(**{name: getattr(options, name) for name in shared})
+    options.enable_thinking()
+    for name, least in (("slots", 1), ("max_waiting", 0), ("max_n", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"{name} is {getattr(options, name)}; give at least {least}")
+    if not 0 <= options.port < 1 << 16:
+        raise UserError(f"port is {options.port}; give a number up to 65535")
+    if options.api_key is not None and (not options.api_key.isascii() or not options.api_key.strip()):
+        raise UserError("the API key is empty or has letters beyond ASCII; give another --api_key")
+    if options.api_key is None and not is_loopback(options.host):
+        raise UserError(
+            f"host {options.host} can be reached from other machines: protect the server with --api_key KEY, or leave "
+            f"--host out to serve this machine only"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; nobody can connect before the server runs.
+
+    Raises:
+        UserError: the port is taken, or the address is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(f"host {host} is unknown ({error.strerror}): give an address of this machine") from None
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        reason = "is taken" if error.errno == 98 else f"cannot be used ({error.strerror})"
+        raise UserError(f"port {port} of {host} {reason}: give another --port, or 0 for any free one") from None
+    return bound
+
+
+def _serve(options: ServeOptions, listening: socket.socket) -> bool:
+    """Loads the model and serves until a signal; True when the engine broke."""
+    import uvicorn
+
+    from minigpt.generation.engine import Engine, stop_token_ids
+    from minigpt.generation.load import load_for_inference, stage_of
+    from minigpt.serve.app import Served, make_app
+    from minigpt.serve.worker import EngineWorker
+
+    model, encoder = load_for_inference(options.run, options.device, options.dtype, options.adapter)
+    worker = EngineWorker(Engine(model, slots=options.slots), options.max_waiting)
+    stage = stage_of(options.run)
+    served = Served(
+        name=options.name or options.run.resolve().name or "minigpt",
+        encoder=encoder,
+        context=model.config.max_position_embeddings,
+        stop_ids=stop_token_ids(model),
+        worker=worker,
+        options=options,
+        about={
+            "parameters": model.num_parameters(),
+            "chat": encoder.knows_chat and stage != "pretrain",
+            "defaults": {
+                name: getattr(options, name)
+                for name in ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "think")
+            },
+        },
+    )
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                host, port = listening.getsockname()[:2]
+                shown = f"[{host}]" if ":" in host else host
+                size = f"{model.num_parameters() / 1e6:.1f} M parameters"
+                print(f"{served.name} ({size}) is served at http://{shown}:{port} (Ctrl-C ends it)", flush=True)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for server in self.servers:
+                server.close()
+            await worker.drain(DRAIN_SECONDS)
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        make_app(served),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        backlog=1024,
+        timeout_graceful_shutdown=1,  # what is made by then has been sent
+    )
+    server = Server(config)
+
+    def end() -> None:
+        server.should_exit = True
+
+    worker.on_crash = end
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them once more when it has ended: that is all
+            signal.signal(number, lambda *_: None)
+    server.run(sockets=[listening])
+    return worker.crashed is not None

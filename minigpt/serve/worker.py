@@ -1,0 +1,279 @@
+"""The thread that drives the engine, and the jobs that the event loop gives it.
+
+One thread owns the engine: jobs and cancellations reach it through a queue between two steps, tokens go back to the
+event loop in batches. A token of a text that is already flowing may wait `DELIVER_SECONDS` for company, since one
+message for several tokens costs the server as much as one message for one; first and last tokens never wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from minigpt.serve.schemas import ApiError
+
+if TYPE_CHECKING:
+    from minigpt.generation.engine import Engine, Request
+    from minigpt.generation.sampling import SamplingParams
+    from minigpt.generation.text import Decode
+
+DELIVER_SECONDS = 0.02
+KEEP_ALIVE_SECONDS = 15.0
+RETRY_AFTER_SECONDS = 1
+
+
+class Token(NamedTuple):
+    """A new token of one sample; `log_prob` is None when nobody asked for it."""
+
+    sample: int
+    id: int
+    log_prob: float | None
+
+
+@dataclass(eq=False)
+class Job:
+    """A prompt on its way through the engine.
+
+    Args:
+        prompt_ids: Token ids.
+        params: For all samples.
+        n: Samples.
+        log_probs: Whether they are wanted.
+        decode: ids → the text in which the engine looks for stop strings.
+
+    Attributes:
+        finish_reasons: Of each sample, when all have ended; None before, and when the job was cancelled.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    n: int = 1
+    log_probs: bool = False
+    decode: Decode | None = None
+    finish_reasons: list[str] | None = None
+    submitted: float = field(default_factory=time.perf_counter)
+    cancelled: bool = False
+    error: Exception | None = None
+    request: Request | None = None  # the engine thread's
+    started: bool = False  # the engine thread's
+    accepted: asyncio.Event = field(default_factory=asyncio.Event)
+    _tokens: list[Token] = field(default_factory=list)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: bool = False
+
+    async def batches(self) -> AsyncIterator[list[Token]]:
+        """New tokens as they come; an empty list now and then while nothing comes, for a sign of life.
+
+        Raises:
+            ApiError: the engine broke.
+        """
+        while not (self._ended or self.cancelled):
+            try:
+                async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                    await self._news.wait()
+            except TimeoutError:
+                yield []
+                continue
+            self._news.clear()
+            tokens, self._tokens = self._tokens, []
+            if tokens and not self.cancelled:
+                yield tokens
+        if self.error is not None:
+            raise self.error
+
+    def take(self, tokens: list[Token], ended: bool) -> None:
+        """News from the engine; on the event loop."""
+        self._tokens += tokens
+        self._ended = self._ended or ended
+        self.accepted.set()
+        self._news.set()
+
+    def wake(self) -> None:
+        """Lets `batches` see that the job was cancelled."""
+        self.accepted.set()
+        self._news.set()
+
+
+class EngineWorker:
+    """Runs jobs on an engine.
+
+    Args:
+        engine: Nobody else may touch it from now on.
+        max_waiting: Sequences that may wait when all slots are taken; one more is refused with status 429.
+
+    Attributes:
+        on_crash: Called on the event loop when the engine broke; jobs then end with an exception.
+        in_flight: Sequences that were submitted and have not ended.
+        crashed: The exception that broke the engine, None while it works.
+    """
+
+    def __init__(self, engine: Engine, max_waiting: int) -> None:
+        self.engine, self.capacity = engine, engine.slots + max_waiting
+        self.in_flight = 0
+        self.crashed: Exception | None = None
+        self.on_crash: Callable[[], None] | None = None
+        self._ending = False
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._live: set[Job] = set()  # the event loop's
+        self._jobs: dict[Any, Job] = {}  # by the engine's request; the engine thread's, as all below
+        self._outbox: dict[Job, list[Token]] = {}
+        self._urgent: dict[Job, None] = {}
+        self._delivered = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop
+
+    # ----------------------------------------------------------------------------------------------- on the event loop
+
+    def start(self) -> None:
+        """Starts the thread; call it on the event loop that the jobs belong to."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def drain(self, seconds: float) -> None:
+        """Takes no new jobs, and gives those that are under way so long to end."""
+        self._ending = True
+        until = time.perf_counter() + seconds
+        while self._live and time.perf_counter() < until:
+            await asyncio.sleep(0.05)
+        for job in list(self._live):
+            self.cancel(job)
+
+    def stop(self) -> None:
+        """Ends the thread after the step that is under way."""
+        self._inbox.put(None)
+        self._thread.join(timeout=30)
+
+    def reserve(self, sequences: int, param: str = "n") -> None:
+        """Room for so many sequences.
+
+        Raises:
+            ApiError: 400 when there could never be enough, 429 when there is not enough now.
+        """
+        if self._ending or self.crashed is not None:
+            raise ApiError("the server is ending", status=503)
+        if sequences > self.capacity:
+            raise ApiError(
+                f"{sequences} texts in one request; this server takes at most {self.capacity} at once", param=param
+            )
+        if self.in_flight + sequences > self.capacity:
+            raise ApiError(
+                f"the server is busy: {self.in_flight} texts are being made or waiting; try again in a moment",
+                status=429,
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+            )
+        self.in_flight += sequences
+
+    async def submit(self, job: Job) -> None:
+        """Hands a job to the engine; its room must be reserved.
+
+        Raises:
+            ApiError: the engine refuses it.
+        """
+        self._live.add(job)
+        self._inbox.put(lambda: self._submit(job))
+        await job.accepted.wait()
+        if isinstance(job.error, ValueError):
+            raise ApiError(str(job.error)) from job.error
+
+    def cancel(self, job: Job) -> None:
+        """Nobody wants this job any longer: its slots are free at the next step."""
+        if job.cancelled or job.finish_reasons is not None or job.error is not None:
+            return
+        job.cancelled = True
+        job.wake()
+        self._inbox.put(lambda: self._cancel(job))
+
+    def _deliver(self, news: list[tuple[Job, list[Token], bool]]) -> None:
+        for job, tokens, ended in news:
+            if ended:
+                self.in_flight -= job.n
+                self._live.discard(job)
+            job.take(tokens, ended)
+
+    # ------------------------------------------------------------------------------------------------- engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_orders():
+                for request in self.engine.step():
+                    job = self._jobs.pop(request, None)
+                    if job is not None:
+                        job.finish_reasons = [completion.finish_reason for completion in request.completions]
+                        self._urgent[job] = None
+                self._flush()
+        except Exception as error:
+            self._crash(error)
+
+    def _take_orders(self) -> bool:
+        """Submits and cancels what was asked for; waits for orders while there is no work. False: stop."""
+        while True:
+            try:
+                order = self._inbox.get(block=not self.engine.has_work)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order()
+
+    def _submit(self, job: Job) -> None:
+        if job.cancelled:
+            self._send([(job, [], True)])
+            return
+
+        def on_token(sample: int, token: int, log_prob: float | None) -> None:
+            self._outbox.setdefault(job, []).append(Token(sample, token, log_prob))
+            if not job.started:
+                job.started = True
+                self._urgent[job] = None
+
+        try:
+            job.request = self.engine.submit(
+                job.prompt_ids, job.params, n=job.n, on_token=on_token, decode=job.decode, log_probs=job.log_probs
+            )
+        except ValueError as error:  # a sentence about the prompt
+            job.error = error
+            self._send([(job, [], True)])
+            return
+        self._jobs[job.request] = job
+        self._loop.call_soon_threadsafe(job.accepted.set)
+
+    def _cancel(self, job: Job) -> None:
+        if job.request is not None and job.request in self._jobs:
+            del self._jobs[job.request]
+            self._outbox.pop(job, None)
+            self._urgent.pop(job, None)
+            self.engine.cancel(job.request)
+            self._send([(job, [], True)])
+
+    def _flush(self) -> None:
+        """Sends what is urgent, and now and then everything."""
+        now = time.perf_counter()
+        if now - self._delivered >= DELIVER_SECONDS:
+            chosen = {**self._outbox, **self._urgent}
+            self._delivered = now
+        else:
+            chosen = dict(self._urgent)  # type: ignore[arg-type]
+        if chosen:
+            self._send([(job, self._outbox.pop(job, []), job.finish_reasons is not None) for job in chosen])
+            self._urgent.clear()
+
+    def _send(self, news: list[tuple[Job, list[Token], bool]]) -> None:
+        self._loop.call_soon_threadsafe(self._deliver, news)
+
+    def _crash(self, error: Exception) -> None:
+        import traceback
+
+        traceback.print_exc()
+        self.crashed = error
+        for job in self._jobs.values():
+            job.error = ApiError("the engine has broken down; the server's log says why", status=500)
+        self._send([(job, self._outbox.pop(job, []), True) for job in self._jobs.values()])
+        self._jobs.clear()
+        if self.on_crash is not None:
+            self._loop.call_soon_threadsafe(self.on_crash)

@@ -1,0 +1,108 @@
+"""`minigpt serve` before it serves, behind an API key, with an adapter, and when it is told to end."""
+
+import json
+import signal
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+from scripted_server import start_server
+
+from minigpt.errors import UserError
+from minigpt.generation.engine import generate
+from minigpt.generation.load import load_for_inference
+from minigpt.generation.sampling import SamplingParams
+from minigpt.serve.command import ServeOptions, check, is_loopback, listen, serve
+
+QUESTION = [{"role": "user", "content": "Count."}]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"host": "0.0.0.0"}, "host 0.0.0.0 can be reached from other machines: protect the server with --api_key"),
+        ({"host": "::"}, "--api_key"),
+        ({"api_key": " "}, "the API key is empty"),
+        ({"port": 70000}, "port is 70000"),
+        ({"slots": 0}, "slots is 0; give at least 1"),
+        ({"top_p": 3.0}, "top_p is 3.0"),
+        ({"think": "maybe"}, "think is 'maybe'"),
+    ],
+)
+def test_options_that_mean_nothing_are_told_before_anything_is_loaded(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check(ServeOptions(Path("nowhere"), **options))
+
+
+def test_a_port_in_use_is_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken: give another --port"):
+            serve(ServeOptions(Path("nowhere"), port=port))
+
+
+def test_a_run_that_is_not_there_is_told_and_the_port_is_free_again():
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(FileNotFoundError, match="no such run"):
+        serve(ServeOptions(Path("nowhere"), port=port))
+    listen("127.0.0.1", port).close()
+
+
+def test_loopback_addresses_are_known():
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "example.org")))
+
+
+def test_behind_a_key_with_an_adapter_and_a_graceful_end(scripted_run, adapter, tmp_path):
+    options = [
+        "--host",
+        "0.0.0.0",
+        "--api_key",
+        "s3cret",
+        "--adapter",
+        str(adapter),
+        "--slots",
+        "1",
+        "--temperature",
+        "0",
+    ]
+    server = start_server(tmp_path, scripted_run, *options)
+    try:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as stranger:
+            with pytest.raises(openai.AuthenticationError):
+                stranger.chat.completions.create(model=server.name, messages=QUESTION)
+            with pytest.raises(openai.AuthenticationError):
+                stranger.models.list()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{url}/metrics")
+        with urllib.request.urlopen(f"{url}/health") as health, urllib.request.urlopen(f"{url}/") as page:
+            assert json.loads(health.read())["status"] == "ok"
+            assert page.headers["X-Content-Type-Options"] == "nosniff"
+            assert "script-src 'self'" in page.headers["Content-Security-Policy"]
+
+        model, encoder = load_for_inference(scripted_run, adapter=adapter)
+        params = SamplingParams(max_new_tokens=12, temperature=0.0, stop_token_ids=model.eos_token_ids)
+        (expected,) = generate(model, [encoder.encode_text(" one two three one")], params, decode=encoder.decode)
+        plain, _ = load_for_inference(scripted_run)
+        (without,) = generate(plain, [encoder.encode_text(" one two three one")], params, decode=encoder.decode)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret", max_retries=0) as client:
+            answer = client.completions.create(model=server.name, prompt=" one two three one", max_tokens=12)
+            assert answer.choices[0].text == expected.text != without.text
+
+            events = client.completions.create(model=server.name, prompt=" one", max_tokens=2000, stream=True)
+            first = next(events)
+            server.process.send_signal(signal.SIGTERM)  # while an answer is being made: it is made to its end
+            rest = list(events)
+            assert rest[-1].choices[0].finish_reason in ("length", "stop")
+            assert first.id == rest[-1].id
+        assert server.process.wait(timeout=60) == 0
+    finally:
+        server.process.kill()
+    assert server.log.read_text() == ""
