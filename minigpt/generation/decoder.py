@@ -93,7 +93,7 @@ class Decoder:
             heads = layer.qkv(self._norm(x_NE, layer.input_norm)).view(N, H + 2 * G, D)
             qk = heads[:, : H + G]
             if layer.head_norm is not None:
-                qk = self._norm(qk, layer.head_norm)
+                qk = self._norm(qk) * layer.head_norm
             qk = (qk * cos_N1D).addcmul_(qk.roll(D // 2, -1), sin_N1D)
             kv_N2GD = torch.cat((qk[:, H:], heads[:, H + G :]), dim=1).view(N, 2, G, D)
             out_NHD = attend(number, qk[:, :H], kv_N2GD)
@@ -107,10 +107,8 @@ class Decoder:
         assert self.head is not None, "this network has no vocabulary to predict"
         return self.head(hidden_NE).float()
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        x32 = x.float() if x.dtype != torch.float64 else x
-        scale = x32.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        return (x32 * scale).to(x.dtype) * weight
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
 
 
 class _Layer:
@@ -177,4 +175,4 @@ def _adapted(layer: nn.Linear) -> torch.Tensor:
 
 
 def _weight_of(norm: nn.Module | torch.Tensor) -> torch.Tensor:
-    return cast("torch.Tensor", norm.weight).detach()
+    return cast("torch.Tensor", cast("nn.Module", norm).weight).detach()

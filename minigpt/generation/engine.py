@@ -21,6 +21,7 @@ head size, L tokens of a row.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -433,7 +434,10 @@ class Engine:
         self._sampling = None
 
     def _new_cache(self, tokens: int) -> KVCache:
-        return KVCache(self.model.config, self.slots, self._bucket(tokens), self.decoder.dtype, self.device)
+        dtype = self.decoder.dtype
+        if self.device.type == "cpu" and dtype != torch.float64:
+            dtype = torch.float32  # attention to a few queries is faster in it than in bfloat16 there
+        return KVCache(self.model.config, self.slots, self._bucket(tokens), dtype, self.device)
 
     def _bucket(self, tokens: int) -> int:
         """Room for so many tokens: few different sizes, and never more than the context."""
@@ -548,7 +552,7 @@ class Engine:
             pattern.max_seqlen = max(lengths)
 
         def attend(layer: int, q_NHD: torch.Tensor, kv_N2GD: torch.Tensor) -> torch.Tensor:
-            self._cache.kv[layer][:, rows_N, :, positions_N] = kv_N2GD
+            self._cache.kv[layer][:, rows_N, :, positions_N] = kv_N2GD.to(self._cache.kv.dtype)
             q_1HND, k_1GND, v_1GND = (x.transpose(0, 1)[None] for x in (q_NHD, *kv_N2GD.unbind(1)))
             return attention(q_1HND, k_1GND, v_1GND, pattern)[0].transpose(0, 1)
 
@@ -568,7 +572,7 @@ class Engine:
 
         def attend(layer: int, q_NHD: torch.Tensor, kv_N2GD: torch.Tensor) -> torch.Tensor:
             self._cache.kv[layer][:, row, :, start:end] = kv_N2GD.permute(1, 2, 0, 3)
-            k_1GLD, v_1GLD = self._cache.kv[layer][:, row : row + 1, :, :end]
+            k_1GLD, v_1GLD = self._cache.kv[layer][:, row : row + 1, :, :end].to(q_NHD.dtype)
             return attention(q_NHD.transpose(0, 1)[None], k_1GLD, v_1GLD, pattern)[0].transpose(0, 1)
 
         hidden_NE = self.decoder.hidden(torch.tensor(ids, device=self.device), positions_N, attend)
@@ -600,12 +604,13 @@ class Engine:
         """One call a layer over the part of the cache that any row uses."""
         B, longest, kv = len(positions), max(positions) + 1, self._cache.kv
         rows_B = torch.arange(B, device=self.device)
-        visible_BL = torch.arange(longest, device=self.device) <= positions_B[:, None]
+        behind_BL = torch.arange(longest, device=self.device) > positions_B[:, None]
+        hidden_BL = torch.zeros(behind_BL.shape, dtype=kv.dtype, device=self.device).masked_fill_(behind_BL, -math.inf)
 
         def attend(layer: int, q_BHD: torch.Tensor, kv_B2GD: torch.Tensor) -> torch.Tensor:
-            kv[layer][:, rows_B, :, positions_B] = kv_B2GD
+            kv[layer][:, rows_B, :, positions_B] = kv_B2GD.to(kv.dtype)
             k_BGLD, v_BGLD = kv[layer][:, :B, :, :longest]
-            return decode_attention(q_BHD, k_BGLD, v_BGLD, visible_BL)
+            return decode_attention(q_BHD.to(kv.dtype), k_BGLD, v_BGLD, hidden_BL).to(q_BHD.dtype)
 
         return attend
 
@@ -619,7 +624,7 @@ class Engine:
                     continue
                 self._cache.kv[layer][:, row, :, position] = kv_B2GD[row]
                 k_1GLD, v_1GLD = self._cache.kv[layer][:, row : row + 1, :, : position + 1]
-                out_BHD[row] = decode_attention(q_BHD[row : row + 1], k_1GLD, v_1GLD, None)[0]
+                out_BHD[row] = decode_attention(q_BHD[row : row + 1].to(k_1GLD.dtype), k_1GLD, v_1GLD, None)[0]
             return out_BHD
 
         return attend

@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-NUCLEUS_CANDIDATES = 256  # a nucleus is looked for among so many best tokens before the whole vocabulary is sorted
+NUCLEUS_CANDIDATES = 64  # a nucleus is looked for among so many best tokens before the whole vocabulary is sorted
+SPARE = 14  # tokens looked at behind the last one that counts, which may be equal to it
+MOST_CANDIDATES = 256  # a top-k up to this is sampled from a sorted list of so many tokens
+COLUMN = 8  # tokens of which the best is looked for first
+BLOCK = 64  # tokens whose probabilities are summed up before one of them is chosen
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,13 @@ class SamplingTensors:
     Attributes:
         temperature: float32 [B, 1], 1 where a row is greedy.
         greedy: bool [B].
+        all_greedy, any_greedy: Of the rows.
+        limit: int64 [B, 1], so many best tokens show all that a row can draw: its top-k where that is small, or the
+            NUCLEUS_CANDIDATES among which a nucleus is looked for; 0 where the whole vocabulary is needed.
+        max_limit: The greatest of them.
+        max_top_k: The greatest top-k.
         top_k: int64 [B, 1], V where off.
-        top_p: float32 [B, 1], 1 where off.
+        top_p: float64 [B, 1], 1 where off.
         log_min_p: float32 [B, 1], -inf where off.
         repetition_penalty: float32 [B, 1].
     """
@@ -83,6 +94,9 @@ class SamplingTensors:
     temperature: torch.Tensor
     greedy: torch.Tensor
     all_greedy: bool
+    any_greedy: bool
+    limit: torch.Tensor
+    max_limit: int
     max_top_k: int
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
@@ -101,33 +115,33 @@ class SamplingTensors:
         top_k = [min(p.top_k, vocab_size) or vocab_size for p in rows]
         log_min_p = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in rows]
         greedy = [p.temperature == 0 for p in rows]
+        limits = [_limit(p, k, vocab_size) for p, k in zip(rows, top_k, strict=True)]
         return cls(
             temperature=torch.tensor([[p.temperature or 1.0] for p in rows], dtype=torch.float32, device=device),
             greedy=torch.tensor(greedy, device=device),
             all_greedy=all(greedy),
+            any_greedy=any(greedy),
+            limit=torch.tensor(limits, device=device)[:, None],
+            max_limit=max(limits),
             max_top_k=max((k for k in top_k if k < vocab_size), default=0),
             top_k=column(top_k, torch.int64, vocab_size),
-            top_p=column([p.top_p for p in rows], torch.float32, 1.0),
+            top_p=column([p.top_p for p in rows], torch.float64, 1.0),
             log_min_p=column(log_min_p, torch.float32, -math.inf),
             repetition_penalty=column([p.repetition_penalty for p in rows], torch.float32, 1.0),
         )
 
     def rows(self, keep: torch.Tensor) -> SamplingTensors:
         """The same for the rows with these indices (int64 [n])."""
+        picked: dict[str, Any] = {n: value[keep] for n, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **picked)
 
-        def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor[keep]
 
-        return SamplingTensors(
-            temperature=self.temperature[keep],
-            greedy=self.greedy[keep],
-            all_greedy=self.all_greedy,
-            max_top_k=self.max_top_k,
-            top_k=pick(self.top_k),
-            top_p=pick(self.top_p),
-            log_min_p=pick(self.log_min_p),
-            repetition_penalty=pick(self.repetition_penalty),
-        )
+def _limit(params: SamplingParams, top_k: int, vocab_size: int) -> int:
+    if params.temperature == 0:
+        return 0
+    if top_k < vocab_size:
+        return top_k if top_k <= MOST_CANDIDATES else 0
+    return min(NUCLEUS_CANDIDATES, vocab_size) if params.top_p < 1.0 else 0
 
 
 def penalize_repetition(logits_BV: torch.Tensor, seen_BV: torch.Tensor, penalty_B1: torch.Tensor) -> torch.Tensor:
@@ -137,7 +151,7 @@ def penalize_repetition(logits_BV: torch.Tensor, seen_BV: torch.Tensor, penalty_
 
 
 def filter_logits(logits_BV: torch.Tensor, params: SamplingTensors) -> torch.Tensor:
-    """Sets the logits outside top-k, then top-p of what is left, then min-p, to -inf.
+    """Sets the logits outside top-k, then top-p of what is left, then min-p, to -inf; equals at a border all stay.
 
     Args:
         logits_BV: float32, already divided by the temperature.
@@ -157,32 +171,21 @@ def filter_logits(logits_BV: torch.Tensor, params: SamplingTensors) -> torch.Ten
 
 
 def _nucleus_threshold(logits_BV: torch.Tensor, top_p_B1: torch.Tensor) -> torch.Tensor:
-    """The smallest logit of each row's nucleus [B, 1]; -inf where top_p is 1."""
-    log_total_B1 = logits_BV.logsumexp(1, keepdim=True)
-    best_BK = torch.topk(logits_BV, min(logits_BV.shape[1], NUCLEUS_CANDIDATES)).values  # sorted, greatest first
-    threshold_B1, found_B1 = _last_of_nucleus(best_BK, log_total_B1, top_p_B1)
-    off_B1 = top_p_B1 >= 1.0
-    rest = (~(found_B1 | off_B1)).nonzero()[:, 0]
-    if len(rest):
-        sorted_BV = logits_BV[rest].sort(1, descending=True).values
-        threshold_B1[rest] = _last_of_nucleus(sorted_BV, log_total_B1[rest], top_p_B1[rest])[0]
-    return torch.where(off_B1, -math.inf, threshold_B1)
+    """The smallest logit of each row's nucleus [B, 1]; -inf where top_p is 1.
 
-
-def _last_of_nucleus(
-    best_BK: torch.Tensor, log_total_B1: torch.Tensor, top_p_B1: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first of the sorted logits at which the cumulative probability reaches top_p, and whether it does [B, 1].
-
-    Where it does not, the last logit: by rounding even the whole vocabulary may miss a top_p close to 1.
+    By rounding even the whole vocabulary may miss a top_p close to 1: then it is the smallest logit of all.
     """
-    reached_BK = (best_BK - log_total_B1).exp().cumsum(1, dtype=torch.float64) >= top_p_B1
-    last_B1 = (~reached_BK).sum(1, keepdim=True).clamp(max=best_BK.shape[1] - 1)
-    return best_BK.gather(1, last_B1), reached_BK[:, -1:]
+    sorted_BV = logits_BV.sort(1, descending=True).values
+    reached_BV = sorted_BV.softmax(1).cumsum(1, dtype=torch.float64) >= top_p_B1
+    last_B1 = (~reached_BV).sum(1, keepdim=True).clamp(max=sorted_BV.shape[1] - 1)
+    return torch.where(top_p_B1 >= 1.0, -math.inf, sorted_BV.gather(1, last_B1))
 
 
 def draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
     """Samples one token a row from softmax(logits) by inverting the cumulative distribution.
+
+    First the block of tokens into which the number falls, then the token in it, so that nothing runs one by one through
+    the vocabulary.
 
     Args:
         logits_BV: float32; -inf is never drawn.
@@ -191,10 +194,100 @@ def draw(logits_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 [B].
     """
-    cumulative = logits_BV.softmax(1).cumsum(1, dtype=torch.float64)
-    target = uniforms_B[:, None] * cumulative[:, -1:]
-    # right=True: the first token whose cumulative sum lies above the target, so one of probability 0 is never met
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
+    weights_BV = (logits_BV - logits_BV.amax(1, keepdim=True)).exp_()
+    weights_BKW = F.pad(weights_BV, (0, -weights_BV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    block_B1, rest_B = _invert(weights_BKW.sum(2), uniforms_B)
+    inside_BW = weights_BKW.gather(1, block_B1[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+    token_B1, _ = _invert(inside_BW, rest_B)
+    return (block_B1 * BLOCK + token_B1)[:, 0]
+
+
+def _invert(lengths_BK: torch.Tensor, uniforms_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of K pieces, laid end to end, a number in [0, 1) falls into [B, 1], and where in it, in [0, 1) [B]."""
+    ends_BK = lengths_BK.cumsum(1, dtype=torch.float64)
+    target_B1 = uniforms_B[:, None] * ends_BK[:, -1:]
+    # right=True: the first piece that ends above the target, so one of length 0 is never met
+    piece_B1 = torch.searchsorted(ends_BK, target_B1, right=True).clamp(max=ends_BK.shape[1] - 1)
+    length_B1 = lengths_BK.gather(1, piece_B1).double()
+    start_B1 = ends_BK.gather(1, piece_B1) - length_B1
+    return piece_B1, ((target_B1 - start_B1) / length_B1).clamp(0.0, 1 - 2.0**-32)[:, 0]
+
+
+def _best(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greatest logits of each row, sorted, and their tokens: [B, count] each.
+
+    A token is among the `count` best only if the maximum of its column is (or an equal one is): with columns of a few
+    tokens that lie far apart, the maxima cost one vectorised pass and leave a tenth of the vocabulary to sort.
+    """
+    B, V = logits_BV.shape
+    width = V // COLUMN
+    if logits_BV.device.type != "cpu" or V % COLUMN or width < 4 * count:
+        best = logits_BV.topk(count)
+        return best.values, best.indices
+    columns_BK = logits_BV.view(B, COLUMN, width).amax(1).topk(count, sorted=False).indices
+    tokens = (columns_BK[:, :, None] + torch.arange(0, V, width)).flatten(1)
+    best = logits_BV.gather(1, tokens).topk(count)
+    return best.values, tokens.gather(1, best.indices)
+
+
+def _draw_from_best(
+    logits_BV: torch.Tensor, params: SamplingTensors, uniforms_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Samples among the best tokens: what the filters leave is a beginning of their sorted list.
+
+    Whether a row can be decided so depends on the row alone, and its sums run one by one from the best token down; so
+    how its token is found never depends on its batch mates.
+
+    Args:
+        logits_BV: float32, not yet divided by the temperature.
+        params: the rows' settings.
+        uniforms_B: float64 in [0, 1).
+
+    Returns:
+        ids [B], their log-probabilities float32 [B], and for which rows they mean something [B].
+    """
+    V, limit_B1 = logits_BV.shape[1], params.limit.clamp(min=1)
+    best_BK, tokens_BK = _ordered(*_best(logits_BV, min(params.max_limit + SPARE, V)))
+    best_BK = best_BK / params.temperature
+    weights_BK = (best_BK - best_BK[:, :1]).double().exp_()
+    ends_BK = weights_BK.cumsum(1)
+    least_B1 = best_BK.gather(1, limit_B1 - 1)
+    decided_B1 = params.limit > 0
+    if params.top_p is not None:
+        total_B1 = ends_BK.gather(1, _count_from(best_BK, least_B1) - 1)
+        nucleus_B1 = decided_B1 if params.top_k is None else decided_B1 & (params.top_k == V)
+        if bool(nucleus_B1.any()):
+            whole_B1 = (logits_BV / params.temperature - best_BK[:, :1]).exp_().sum(1, keepdim=True)
+            total_B1 = torch.where(nucleus_B1, whole_B1.double(), total_B1)
+        # a token stays while the mass before it has not reached top_p
+        inside_BK = (ends_BK - weights_BK < params.top_p * total_B1) | (params.top_p >= 1.0)
+        least_B1 = torch.maximum(least_B1, best_BK.gather(1, inside_BK.sum(1, keepdim=True) - 1))
+    if params.log_min_p is not None:
+        least_B1 = torch.maximum(least_B1, best_BK[:, :1] + params.log_min_p)
+    kept_B1 = _count_from(best_BK, least_B1)
+    if params.top_p is not None:  # the nucleus may go on behind the tokens that were looked at
+        decided_B1 = decided_B1 & (~nucleus_B1 | (kept_B1 < limit_B1) | (limit_B1 == V))
+    # more equals of the last one may not have been looked at
+    decided_B1 = decided_B1 & ((kept_B1 < limit_B1 + SPARE) | (limit_B1 + SPARE >= V))
+    last_B1 = kept_B1 - 1
+    total_B1 = ends_BK.gather(1, last_B1)
+    place_B1 = torch.minimum((ends_BK <= uniforms_B[:, None] * total_B1).sum(1, keepdim=True), last_B1)
+    log_probs_B1 = (weights_BK.gather(1, place_B1) / total_B1).log().float()
+    return tokens_BK.gather(1, place_B1)[:, 0], log_probs_B1[:, 0], decided_B1[:, 0]
+
+
+def _ordered(best_BK: torch.Tensor, tokens_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted by value, and equals by token: their order must not depend on how many tokens were looked at."""
+    if not bool((best_BK[:, 1:] == best_BK[:, :-1]).any()):
+        return best_BK, tokens_BK
+    tokens_BK, order = tokens_BK.sort(1)
+    best_BK, by_value = best_BK.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return best_BK, tokens_BK.gather(1, by_value)
+
+
+def _count_from(best_BK: torch.Tensor, least_B1: torch.Tensor) -> torch.Tensor:
+    """How many of the sorted values are not below `least_B1`, [B, 1]."""
+    return (best_BK >= least_B1).sum(1, keepdim=True)
 
 
 @dataclass
@@ -233,27 +326,47 @@ def sample(
         log_probs: also return the log-probabilities.
     """
     logits_BV = logits_BV.float()
-    tempered = logits_BV if params.all_greedy else logits_BV / params.temperature
     chosen_from = logits_BV
     if params.repetition_penalty is not None:
         assert seen_BV is not None
         chosen_from = penalize_repetition(logits_BV, seen_BV, params.repetition_penalty)
     if bias_BV is not None:
         chosen_from = chosen_from + bias_BV
-    filtered = None
     if params.all_greedy:
-        ids = chosen_from.argmax(1)
+        ids, behaviour = chosen_from.argmax(1), torch.zeros(len(logits_BV), device=logits_BV.device)
     else:
         assert uniforms_B is not None
-        same = chosen_from is logits_BV
-        filtered = filter_logits(tempered if same else chosen_from / params.temperature, params)
-        ids = torch.where(params.greedy, chosen_from.argmax(1), draw(filtered, uniforms_B))
+        ids, behaviour = _draw_filtered(chosen_from, params, uniforms_B, log_probs)
+        if params.any_greedy:
+            ids = torch.where(params.greedy, chosen_from.argmax(1), ids)
+            behaviour = behaviour.masked_fill(params.greedy, 0.0)
     if not log_probs:
         return Draw(ids)
-    behaviour = torch.zeros(len(ids), device=ids.device)
-    if filtered is not None:
-        behaviour = torch.where(params.greedy, 0.0, _log_prob(filtered, ids))
+    tempered = logits_BV if params.all_greedy else logits_BV / params.temperature
     return Draw(ids, _log_prob(tempered, ids), behaviour)
+
+
+def _draw_filtered(
+    logits_BV: torch.Tensor, params: SamplingTensors, uniforms_B: torch.Tensor, log_probs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and (if asked for) their log-probabilities under what they were drawn from; noise in greedy rows."""
+    if not params.max_limit:
+        return _draw_from_all(logits_BV, params, uniforms_B, log_probs)
+    ids, behaviour, decided_B = _draw_from_best(logits_BV, params, uniforms_B)
+    rest = (~(decided_B | params.greedy)).nonzero()[:, 0]
+    if len(rest) == 1:
+        rest = rest.repeat(2)  # a sum with a single result is cut among the threads and would round otherwise
+    if len(rest):
+        ids[rest], behaviour[rest] = _draw_from_all(logits_BV[rest], params.rows(rest), uniforms_B[rest], log_probs)
+    return ids, behaviour
+
+
+def _draw_from_all(
+    logits_BV: torch.Tensor, params: SamplingTensors, uniforms_B: torch.Tensor, log_probs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    filtered = filter_logits(logits_BV / params.temperature, params)
+    ids = draw(filtered, uniforms_B)
+    return ids, _log_prob(filtered, ids) if log_probs else torch.zeros(len(ids), device=ids.device)
 
 
 def _log_prob(logits_BV: torch.Tensor, ids_B: torch.Tensor) -> torch.Tensor:

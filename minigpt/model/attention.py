@@ -95,23 +95,23 @@ def cached_pattern(position_ids_BT: torch.Tensor, cache_length: int) -> Attentio
 
 
 def decode_attention(
-    q_BHD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, visible_BL: torch.Tensor | None
+    q_BHD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, bias_BL: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention of one new token a row over L cached ones, of which it sees those marked (None: all).
+    """Attention of one new token a row over L cached ones; `bias_BL` is -inf at those it does not see, else 0.
 
     Returns:
         [B, H, D].
     """
     B, H, D = q_BHD.shape
     G = k_BGLD.shape[1]
-    if q_BHD.device.type != "cpu" or q_BHD.dtype not in (torch.float32, torch.float64):
-        mask = None if visible_BL is None else visible_BL[:, None, None]
-        out = F.scaled_dot_product_attention(q_BHD[:, :, None], k_BGLD, v_BGLD, attn_mask=mask, enable_gqa=H != G)
+    if q_BHD.device.type != "cpu":
+        bias = None if bias_BL is None else bias_BL[:, None, None]
+        out = F.scaled_dot_product_attention(q_BHD[:, :, None], k_BGLD, v_BGLD, attn_mask=bias, enable_gqa=H != G)
         return out[:, :, 0]
     # On a CPU two products are faster than a flash kernel for one query; the heads of a group are rows of one product.
     scores = (q_BHD.view(B, G, H // G, D) * D**-0.5) @ k_BGLD.mT
-    if visible_BL is not None:
-        scores = scores.masked_fill(~visible_BL[:, None, None], float("-inf"))
+    if bias_BL is not None:
+        scores.add_(bias_BL[:, None, None])
     return (scores.softmax(-1) @ v_BGLD).view(B, H, D)
 
 

@@ -179,3 +179,74 @@ def test_streams_are_addressable_uniform_and_independent():
 def test_parameters_that_mean_nothing_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SamplingParams(**bad)
+
+
+# ----------------------------------------------------------------------------- few best tokens or the whole vocabulary
+
+MIXED = {
+    "small top-k": SamplingParams(top_k=50, top_p=0.85, temperature=0.8),
+    "nucleus": SamplingParams(top_p=0.9),
+    "everything": SamplingParams(top_k=20, top_p=0.95, min_p=0.02, temperature=1.3),
+    "large top-k": SamplingParams(top_k=1000, top_p=0.9),
+    "plain": SamplingParams(),
+    "min-p": SamplingParams(min_p=0.05),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16 logits have many equals
+@pytest.mark.parametrize("name", MIXED)
+def test_a_large_vocabulary_is_sampled_by_the_definition_whatever_way_is_taken(name, dtype):
+    """Peaked, flat and tied logits; the frequencies of token groups of about equal mass, and every log-probability."""
+    torch.manual_seed(0)
+    logits = (torch.randn(1, 3200) * 2).to(dtype)
+    p = MIXED[name]
+    numbers = torch.from_numpy(uniforms(seed=3, sequence=0, start=0, count=DRAWS // 4))
+    rows = logits.expand(len(numbers), -1)
+    drawn = sample(rows, SamplingTensors.of([p] * len(numbers), 3200, "cpu"), numbers, log_probs=True)
+    expected = exact_distribution(logits[0].double().tolist(), p)
+    groups = np.minimum(np.floor(np.cumsum(expected) * 20 * (1 - 1e-9)).astype(int), 19)
+    masses = np.bincount(groups, weights=expected, minlength=20)
+    assert (expected[drawn.ids.numpy()] > 0).all()
+    statistic, freedom = chi_square(np.bincount(groups[drawn.ids.numpy()], minlength=20), masses)
+    assert statistic <= freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert (drawn.behaviour_log_probs - torch.from_numpy(np.log(expected[drawn.ids.numpy()]))).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_draws_the_same_token_and_bits_whatever_the_settings_of_its_batch_mates(dtype):
+    torch.manual_seed(1)
+    settings = [*MIXED.values(), SamplingParams(temperature=0.0), SamplingParams(top_k=200)]
+    for spread in (0.05, 3.0):
+        logits = (torch.randn(len(settings), 3200) * spread).to(dtype)
+        numbers = torch.from_numpy(uniforms(5, 0, 0, len(settings)))
+        together = sample(logits, SamplingTensors.of(settings, 3200, "cpu"), numbers, log_probs=True)
+        for row, p in enumerate(settings):
+            mates = [p] * len(settings)  # the same number of rows, as `batch_invariant` has it
+            alone = sample(logits, SamplingTensors.of(mates, 3200, "cpu"), numbers, log_probs=True)
+            assert alone.ids[row] == together.ids[row]
+            assert alone.log_probs[row] == together.log_probs[row]
+            assert alone.behaviour_log_probs[row] == together.behaviour_log_probs[row]
+
+
+def test_equal_logits_at_the_border_can_all_be_drawn_also_more_than_were_looked_at():
+    logits = torch.zeros(1, 3200)
+    logits[0, :40] = 1.0  # 40 equals at the border of a top-k of 3
+    params = SamplingTensors.of([SamplingParams(top_k=3)] * 4000, 3200, "cpu")
+    numbers = torch.from_numpy(uniforms(7, 0, 0, 4000))
+    drawn = sample(logits.expand(4000, -1), params, numbers)
+    assert set(drawn.ids.tolist()) == set(range(40))
+
+
+def test_logit_bias_adds_to_logits_and_leaves_the_models_own_log_probs():
+    bias = torch.zeros(DRAWS, len(LOGITS))
+    bias[:, 2], bias[:, 3] = 2.0, -100.0
+    numbers = torch.from_numpy(uniforms(9, 0, 0, DRAWS))
+    params = SamplingTensors.of([SamplingParams(temperature=1.5)] * DRAWS, len(LOGITS), "cpu")
+    drawn = sample(LOGITS.expand(DRAWS, -1), params, numbers, None, bias, log_probs=True)
+    expected = exact_distribution((LOGITS + bias[0]).double().tolist(), SamplingParams(temperature=1.5))
+    seen = np.bincount(drawn.ids.numpy(), minlength=len(LOGITS))
+    possible = expected > 1e-9
+    statistic, freedom = chi_square(seen[possible], expected[possible] / expected[possible].sum())
+    assert statistic <= freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    own = (LOGITS.double() / 1.5).log_softmax(0)[drawn.ids]
+    assert (drawn.log_probs - own).abs().max() <= 1e-5

@@ -1,0 +1,391 @@
+"""The engine: what shares a batch, a prompt or a slot, and what changes between two steps, against the bare model."""
+
+import random
+
+import families
+import pytest
+import torch
+
+from minigpt.generation.engine import Engine, Request, generate
+from minigpt.generation.sampling import SamplingParams
+from minigpt.model.model_lora import apply_lora
+from minigpt.model.model_minigpt import MiniGPT
+
+V = 97
+
+
+def prompts_of(lengths, seed=0) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(V) for _ in range(n)] for n in lengths]
+
+
+def run(engine: Engine) -> list[Request]:
+    finished = []
+    while engine.has_work:
+        finished += engine.step()
+    return finished
+
+
+def greedy(model, prompt: list[int], count: int) -> list[int]:
+    """The definition: the whole text through the model for every token."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def assert_log_probs_of_the_model(model, request: Request, temperature: float) -> None:
+    for completion in request.completions:
+        ids = torch.tensor([request.prompt_ids + completion.ids])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].double() / temperature
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        assert (torch.tensor(completion.log_probs) - expected).abs().max() <= 1e-5
+
+
+# ----------------------------------------------------------------------------------------------- against the bare model
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_refilled_slots_chunked_prompts_and_shared_prefixes_are_greedy_as_without_a_cache(make_model, heads, bias):
+    """Three slots for ten sequences; prompts longer than a chunk; a beginning of 70 tokens shared by half of them."""
+    model = make_model(num_key_value_heads=heads, attention_bias=bias)
+    shared = prompts_of([70], seed=9)[0]
+    prompts = [(shared if i % 2 else []) + p for i, p in enumerate(prompts_of([3, 1, 90, 20, 1, 64, 33, 2, 5, 31]))]
+    engine = Engine(model, slots=3, prefill_chunk=40)
+    requests = []
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(max_new_tokens=5 + 7 * (i % 4), temperature=0)
+        requests.append(engine.submit(prompt, params, log_probs=True))
+        engine.step()
+    finished = run(engine)
+    assert {id(r) for r in finished} <= {id(r) for r in requests}
+    for request in requests:
+        assert request.done
+        assert request.completions[0].ids == greedy(model, request.prompt_ids, request.params.max_new_tokens)
+        assert_log_probs_of_the_model(model, request, 1.0)
+    stats = engine.stats
+    assert stats.prefix_hit_tokens >= 4 * 64
+    assert stats.generated_tokens == sum(len(r.completions[0].ids) for r in requests)
+    assert (stats.running, stats.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("family", ["llama3.2", "qwen3", "qwen2.5"])
+def test_greedy_on_imported_families_equals_transformers_generate(tmp_path, family):
+    stock = families.write_model(tmp_path, family).float().eval()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6.0)  # logits that differ, so that there are no near-ties
+    stock.save_pretrained(tmp_path)
+    model = MiniGPT.from_pretrained(tmp_path).eval()
+    generator = random.Random(1)
+    prompts = [[generator.randrange(model.config.vocab_size) for _ in range(n)] for n in (9, 30, 2)]
+    ours = generate(model, prompts, SamplingParams(max_new_tokens=30, temperature=0))
+    for prompt, completion in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = stock.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert completion.ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_log_probs_of_samples_equal_a_full_forward_pass(model):
+    """Temperature, top-p and top-k; samples that share a prompt; the behaviour's under the filtered distribution."""
+    engine = Engine(model, slots=5)
+    params = SamplingParams(max_new_tokens=25, temperature=0.7, top_p=0.8, top_k=20, seed=4)
+    requests = [engine.submit(p, params, n=3, log_probs=True) for p in prompts_of([4, 50, 130])]
+    run(engine)
+    for request in requests:
+        assert_log_probs_of_the_model(model, request, 0.7)
+        assert len({tuple(c.ids) for c in request.completions}) == 3
+        for c in request.completions:
+            assert all(b >= lp - 1e-6 for b, lp in zip(c.behaviour_log_probs, c.log_probs, strict=True))
+            assert c.versions == [0] * len(c.ids)
+
+
+def test_adapters_are_in_what_is_generated(make_model):
+    model = make_model()
+    base = generate(model, prompts_of([8]), SamplingParams(max_new_tokens=20, temperature=0))[0].ids
+    apply_lora(model, rank=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.eval()
+    adapted = generate(model, prompts_of([8]), SamplingParams(max_new_tokens=20, temperature=0))[0].ids
+    assert adapted != base
+    assert adapted == greedy(model, prompts_of([8])[0], 20)
+
+
+# ------------------------------------------------------------------------------------------------------------- sharing
+
+
+def test_samples_share_one_reading_of_the_prompt_also_those_that_wait_for_a_slot(model):
+    prompt = prompts_of([60])[0]
+    params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=2)
+    engine = Engine(model, slots=3, prefix_cache_tokens=0)
+    read = count_read_tokens(engine)
+    request = engine.submit(prompt, params, n=8)
+    run(engine)
+    assert sum(read) == 60
+    alone = [generate(model, [prompt], params, sequence_ids=[i])[0].ids for i in range(8)]
+    assert [c.ids for c in request.completions] == alone
+
+
+def count_read_tokens(engine: Engine) -> list[int]:
+    """Collects the sizes of all passes over prompts from now on."""
+    sizes, hidden = [], engine.decoder.hidden
+
+    def counting(ids_N, positions_N, attend):
+        if not attend.__qualname__.startswith("Engine._attend"):
+            sizes.append(len(ids_N))
+        return hidden(ids_N, positions_N, attend)
+
+    engine.decoder.hidden = counting
+    return sizes
+
+
+def test_the_next_turn_of_a_conversation_reads_only_what_is_new(model):
+    engine = Engine(model, slots=2)
+    prompt = prompts_of([50])[0]
+    params = SamplingParams(max_new_tokens=40, temperature=0)
+    first = engine.submit(prompt, params)
+    run(engine)
+    read = count_read_tokens(engine)
+    turn = prompt + first.completions[0].ids + prompts_of([10], seed=3)[0]
+    second = engine.submit(turn, params)
+    run(engine)
+    assert sum(read) == 100 - 64, "two whole blocks of 32 of the 89 tokens in the cache are found again"
+    assert second.completions[0].ids == greedy(model, turn, 40)
+
+
+def test_the_prefix_cache_keeps_no_more_than_it_may(model):
+    engine = Engine(model, slots=2, prefix_cache_tokens=128)
+    for prompt in prompts_of([100] * 6):
+        engine.submit(prompt, SamplingParams(max_new_tokens=2, temperature=0))
+    run(engine)
+    assert len(engine._prefix) == 4
+
+
+def test_long_prompts_are_read_between_the_steps_of_others(model):
+    """While 300 tokens are read 32 at a time, the short request gets a token every step."""
+    short, long = prompts_of([4, 300])
+    engine = Engine(model, slots=2, prefill_chunk=32, prefix_cache_tokens=0)
+    a = engine.submit(short, SamplingParams(max_new_tokens=50, temperature=0))
+    engine.step()
+    b = engine.submit(long, SamplingParams(max_new_tokens=5, temperature=0))
+    for step in range(9):
+        engine.step()
+        assert len(a.completions[0].ids) == step + 2
+        assert not b.completions[0].ids
+    run(engine)
+    assert b.completions[0].ids == greedy(model, long, 5)
+    assert a.completions[0].ids == greedy(model, short, 50)
+
+
+# ------------------------------------------------------------------------------------------------------ batch-invariant
+
+
+def results(request: Request) -> list[tuple]:
+    return [(c.ids, c.log_probs, c.behaviour_log_probs) for c in request.completions]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant_results_are_equal_bit_for_bit_whatever_runs_beside(make_model, dtype):
+    """Alone; in a batch of 64 sequences; late, backwards and in another rhythm; in refilled slots; on retry after a
+    cancel; with a prefix that is known."""
+    model = make_model().to(dtype)
+    lengths = [3, 40, 1, 17, 130, 300, 2, 64, *[9] * 24]
+    prompts = prompts_of(lengths)
+    kinds = [
+        SamplingParams(max_new_tokens=12, temperature=0.9, top_p=0.9, seed=3),
+        SamplingParams(max_new_tokens=20, temperature=1.0, seed=3),
+        SamplingParams(max_new_tokens=7, temperature=0.0),
+        SamplingParams(max_new_tokens=16, temperature=0.8, top_k=50, repetition_penalty=1.2, seed=1),
+    ]
+
+    def engine(**options) -> Engine:
+        return Engine(model, slots=8, batch_invariant=True, **options)
+
+    def submit(e: Engine, i: int) -> Request:
+        return e.submit(prompts[i], kinds[i % 4], n=2, sequence_ids=[2 * i, 2 * i + 1], log_probs=True)
+
+    together = engine()
+    batch = [submit(together, i) for i in range(32)]
+    run(together)
+    late = engine(prefill_chunk=1, prefix_cache_tokens=0)
+    backwards = {}
+    for i in reversed(range(8)):
+        backwards[i] = submit(late, i)
+        late.step()
+        late.step()
+    run(late)
+    reused = engine()
+    for i in range(8):
+        expected = results(batch[i])
+        alone = engine()
+        request = submit(alone, i)
+        run(alone)
+        assert results(request) == expected
+        assert results(backwards[i]) == expected
+        abandoned = submit(reused, i)
+        reused.step()
+        reused.step()
+        reused.cancel(abandoned)
+        retried = submit(reused, i)
+        run(reused)
+        assert results(retried) == expected
+    assert reused.stats.prefix_hit_tokens > 0
+
+
+# --------------------------------------------------------------------------------------------------- between two steps
+
+
+def test_new_weights_between_two_tokens_make_all_that_older_ones_computed_unreachable(make_model):
+    """Behind the reload a sequence is what the new model says of its text so far: greedy tokens and log-probs, in its
+    slot, in a slot that it gets later, and where its prompt had been read for others or kept as a prefix."""
+    old, new = make_model(seed=0), make_model(seed=1)
+    new_weights = {name: p.clone() for name, p in new.named_parameters()}
+    engine = Engine(old, slots=3)
+    shared = prompts_of([64])[0]
+    params = SamplingParams(max_new_tokens=20, temperature=0)
+    early = engine.submit(shared, SamplingParams(max_new_tokens=3, temperature=0))
+    running = [engine.submit(shared + p, params, log_probs=True) for p in prompts_of([5, 9])]
+    group = engine.submit(shared, params, n=4, log_probs=True)
+    while len(running[0].completions[0].ids) < 6:
+        engine.step()
+    before = [list(r.completions[0].ids) for r in running]
+    assert early.done
+    assert engine.load_weights(new_weights) == engine.version == 1
+    later = engine.submit([*shared, 1, 2], params)
+    run(engine)
+    for request, ids in zip(running, before, strict=True):
+        c = request.completions[0]
+        assert c.ids[: len(ids)] == ids
+        assert c.ids[len(ids) :] == greedy(new, request.prompt_ids + ids, 20 - len(ids))
+        assert c.versions == [0] * len(ids) + [1] * (20 - len(ids))
+    for c in group.completions:
+        cut = c.versions.index(1)
+        assert c.ids[cut:] == greedy(new, shared + c.ids[:cut], 20 - cut)
+    assert {c.versions.index(1) for c in group.completions} >= {0}, "some samples must enter behind the reload"
+    assert later.completions[0].ids == greedy(new, [*shared, 1, 2], 20)
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_changes(model):
+    engine = Engine(model, slots=1)
+    good = {name: p.detach().clone() for name, p in model.named_parameters()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    for bad, message in (
+        ({k: v for k, v in good.items() if k != name}, f"{name} is missing"),
+        ({**good, "model.extra": torch.zeros(1)}, "model.extra is unknown"),
+        ({**good, name: torch.zeros(3, 3)}, f"{name} has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.load_weights({k: v + 1 for k, v in bad.items()})
+    assert engine.version == 0
+    assert all(torch.equal(p, good[n]) for n, p in model.named_parameters())
+
+
+def test_a_cancelled_request_leaves_its_slots_and_changes_nothing_for_others(model):
+    engine = Engine(model, slots=3)
+    a, b = prompts_of([10, 20])
+    params = SamplingParams(max_new_tokens=30, temperature=0)
+    doomed = engine.submit(a, params, n=5)
+    kept = engine.submit(b, params)
+    for _ in range(4):
+        engine.step()
+    assert not kept.completions[0].ids, "the case is too easy: it must wait for a slot"
+    engine.cancel(doomed)
+    assert doomed.done
+    assert doomed.cancelled
+    assert {c.finish_reason for c in doomed.completions} == {"cancelled"}
+    engine.step()
+    assert engine.stats.running == 1
+    assert doomed not in run(engine)
+    assert kept.completions[0].ids == greedy(model, b, 30)
+    engine.cancel(doomed)  # once more does no harm
+
+
+def test_a_callback_may_cancel_its_request(model):
+    engine = Engine(model, slots=2)
+    heard = []
+
+    def on_token(sample, token, log_prob):
+        heard.append((sample, token))
+        if len(heard) == 5:
+            engine.cancel(request)
+
+    request = engine.submit(
+        prompts_of([5])[0], SamplingParams(max_new_tokens=30, temperature=0), n=2, on_token=on_token
+    )
+    other = engine.submit(prompts_of([7])[0], SamplingParams(max_new_tokens=9, temperature=0))
+    run(engine)
+    assert len(heard) == 5
+    assert other.completions[0].ids == greedy(model, other.prompt_ids, 9)
+
+
+def test_tokens_are_reported_with_their_log_probs_as_they_come(model):
+    engine, heard = Engine(model, slots=4), {0: [], 1: []}
+    request = engine.submit(
+        prompts_of([5])[0],
+        SamplingParams(max_new_tokens=10, seed=1),
+        n=2,
+        on_token=lambda sample, token, log_prob: heard[sample].append((token, log_prob)),
+        log_probs=True,
+    )
+    run(engine)
+    for sample, c in enumerate(request.completions):
+        assert heard[sample] == list(zip(c.ids, c.log_probs, strict=True))
+
+
+def test_logit_bias_forbids_and_forces_tokens_of_its_own_row(model):
+    engine = Engine(model, slots=2)
+    prompt = prompts_of([6])[0]
+    free = greedy(model, prompt, 8)
+    params = SamplingParams(max_new_tokens=8, temperature=0)
+    forced = engine.submit(prompt, SamplingParams(max_new_tokens=8, temperature=0, logit_bias={11: 1000.0}))
+    plain = engine.submit(prompt, params)
+    run(engine)
+    again = [engine.submit(prompt, params) for _ in range(2)]  # the slots of before
+    run(engine)
+    assert forced.completions[0].ids == [11] * 8
+    assert [r.completions[0].ids for r in (plain, *again)] == [free] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_ids": []}, "the prompt is empty"),
+        ({"prompt_ids": [V]}, "token id 97, outside"),
+        ({"prompt_ids": [1] * 400}, "leaves no room in the model's context of 400"),
+        ({"n": 0}, "at least one sample"),
+        ({"n": 2, "sequence_ids": [1]}, "2 samples and 1 sequence ids"),
+        ({"params": SamplingParams(stop=("x",))}, "decode"),
+        ({"params": SamplingParams(logit_bias={V: 1.0})}, "logit_bias names token id 97"),
+    ],
+)
+def test_requests_that_mean_nothing_are_refused_and_leave_the_queue_as_it_was(model, arguments, message):
+    engine = Engine(model, slots=1)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(**{"prompt_ids": [1, 2], "params": SamplingParams(), **arguments})
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    "options", [{"slots": 0}, {"max_length": 1}, {"prefill_chunk": 0}, {"prefix_cache_tokens": -1}]
+)
+def test_engines_that_cannot_work_are_refused_by_name(model, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Engine(model, **options)
+
+
+def test_a_shorter_max_length_ends_sequences_there(model):
+    engine = Engine(model, slots=1, max_length=20)
+    request = engine.submit(prompts_of([15])[0], SamplingParams(max_new_tokens=50, temperature=0))
+    run(engine)
+    assert len(request.completions[0].ids) == 5
+    assert request.completions[0].finish_reason == "length"
