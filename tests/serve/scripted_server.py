@@ -14,7 +14,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -127,3 +129,12 @@ def stop_server(server: Running) -> int:
         return server.process.wait(timeout=60)
     finally:
         server.process.kill()
+
+
+def wait_until(condition: Callable[[], bool], tries: int, pause: float = 0.05) -> bool:
+    """Looks again and again, `tries` times."""
+    for _ in range(tries):
+        if condition():
+            return True
+        time.sleep(pause)
+    return False

@@ -8,13 +8,12 @@ import http.client
 import json
 import random
 import socket
-import time
 from contextlib import closing
 from urllib.parse import urlparse
 
 import pytest
 from openai import AsyncOpenAI
-from scripted_server import CONTEXT, SLOTS, WAITING
+from scripted_server import CONTEXT, SLOTS, WAITING, wait_until
 
 JSON = {"Content-Type": "application/json"}
 HELLO = [{"role": "user", "content": "Count."}]
@@ -32,15 +31,6 @@ def post(connection, path: str, body, headers=JSON):
     connection.request("POST", path, data, headers)
     response = connection.getresponse()
     return response.status, response.headers, json.loads(response.read())
-
-
-def wait_until(condition, tries: int, pause: float = 0.05) -> bool:
-    """Looks again and again, `tries` times."""
-    for _ in range(tries):
-        if condition():
-            return True
-        time.sleep(pause)
-    return False
 
 
 def malformed() -> list[tuple[str, bytes]]:
