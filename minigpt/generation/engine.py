@@ -122,7 +122,7 @@ class _Sequence:
         self.stop_ids = frozenset(request.params.stop_token_ids)
         decode, stop = request._decode, request.params.stop
         self.watcher = _StopWatcher(decode, stop) if decode and stop else None
-        self._uniforms = np.empty(0)
+        self._uniforms: list[float] = []
         self._uniforms_start = 0
 
     @property
@@ -135,7 +135,7 @@ class _Sequence:
         offset = len(self.ids) - self._uniforms_start
         if not 0 <= offset < len(self._uniforms):
             self._uniforms_start, offset = len(self.ids), 0
-            self._uniforms = uniforms(self.request.params.seed, self.stream, len(self.ids), UNIFORMS_BLOCK)
+            self._uniforms = uniforms(self.request.params.seed, self.stream, len(self.ids), UNIFORMS_BLOCK).tolist()
         return self._uniforms[offset]
 
 
