@@ -7,6 +7,7 @@ changes nothing.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from minigpt.dataset.chat import ChatEncoder
@@ -29,6 +30,9 @@ class AnswerStream:
         encoder: of the model.
         enable_thinking: what the prompt was rendered with. Where the prompt ended with `<think>`, the answer begins
             inside it; False: thinking was closed by the prompt.
+
+    Attributes:
+        thinking_tokens: Tokens so far that stood in the thinking part, `<think>` included.
     """
 
     def __init__(self, encoder: ChatEncoder, enable_thinking: bool | None = None) -> None:
@@ -47,24 +51,39 @@ class AnswerStream:
         self._kind = THINKING if inside else ANSWER
         self._thinking: str | None = "" if inside or enable_thinking is not None else None
         self._answer = ""
+        self.thinking_tokens = 0
         self._tool_calls: list[str] = []
-
-    @property
-    def inside(self) -> str:
-        """The part that the next token belongs to, unless it is a tag."""
-        return self._kind
 
     def push(self, token_id: int) -> list[Part]:
         """Takes one id, returns the text that is certain now."""
         if token_id not in self._kind_after:
+            self.thinking_tokens += self._kind == THINKING
             return self._add(self._text.push(token_id))
         parts = self._add(self._text.flush())
         self._kind = self._kind_after[token_id]
+        self.thinking_tokens += self._kind == THINKING
         if self._kind == THINKING:
             self._thinking = self._thinking or ""
         elif self._kind == TOOL_CALL:
             self._tool_calls.append("")
         return parts
+
+    def extend(self, token_ids: Sequence[int]) -> list[Part]:
+        """Takes several ids at once: the same text in all, with fewer calls of the tokenizer."""
+        parts: list[Part] = []
+        run: list[int] = []
+        for token_id in token_ids:
+            if token_id in self._kind_after:
+                parts += self._run(run) + self.push(token_id)
+                run = []
+            else:
+                run.append(token_id)
+        return parts + self._run(run)
+
+    def _run(self, token_ids: list[int]) -> list[Part]:
+        """Tokens of one part."""
+        self.thinking_tokens += len(token_ids) if self._kind == THINKING else 0
+        return self._add(self._text.extend(token_ids)) if token_ids else []
 
     def flush(self) -> list[Part]:
         """Returns what is left at the end."""

@@ -33,7 +33,11 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Takes one id, returns the text that is certain now (often "")."""
-        self._pending.append(token_id)
+        return self.extend([token_id])
+
+    def extend(self, token_ids: Sequence[int]) -> str:
+        """Takes several ids at once: the same text in all, for the price of one call of `decode`."""
+        self._pending += token_ids
         text = self._decode(self._pending)
         complete = not text.endswith(REPLACEMENT)
         certain = text if complete else text[:-1]

@@ -32,13 +32,14 @@ def visible_decode(encoder: ChatEncoder) -> Decode:
 class PlainStream:
     """The tokens of a continued text; the interface of `AnswerStream`."""
 
+    thinking_tokens = 0
+
     def __init__(self, encoder: ChatEncoder) -> None:
         self._text = TextStream(encoder.decode)
-        self.inside = ANSWER
 
-    def push(self, token_id: int) -> list[Part]:
-        """Takes one id, returns the text that is certain now."""
-        return [Part(ANSWER, text)] if (text := self._text.push(token_id)) else []
+    def extend(self, token_ids: Sequence[int]) -> list[Part]:
+        """Takes the next ids, returns the text that is certain now."""
+        return [Part(ANSWER, text)] if (text := self._text.extend(token_ids)) else []
 
     def flush(self) -> list[Part]:
         """Returns what is left at the end."""
@@ -50,16 +51,14 @@ class Choice:
 
     Args:
         encoder: Of the model.
-        parts: Sorts tokens into parts.
+        stream: Sorts tokens into parts.
         stop_ids: Tokens that end an answer; they are not shown.
         stop: Strings that end it; cut off.
         log_probs: Whether to record them.
 
     Attributes:
-        parts: Visible text since `take` was called last.
-        log_probs: (id, log-probability) since `take` was called last.
+        finish_reason: Why it ended, once `finish` was called.
         tokens: New tokens so far, a stop token included.
-        thinking_tokens: How many of them stood in the thinking part.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Choice:
         log_probs: bool,
     ) -> None:
         self.stream, self.finish_reason = stream, "length"
-        self.tokens = self.thinking_tokens = 0
+        self.tokens = 0
         self._encoder, self._stop_ids, self._wants_log_probs = encoder, frozenset(stop_ids), log_probs
         self._stop = StopStrings(stop)
         self._held: deque[Part] = deque()  # given to `_stop` and not given back
@@ -79,17 +78,16 @@ class Choice:
         self._calls = ""
         self._log_probs: list[tuple[int, float]] = []
 
-    def push(self, token: Token) -> None:
-        """Takes the next token; what follows a stop string is passed over."""
-        if self._stop.found is not None:
-            return
-        self.tokens += 1
-        if token.id in self._stop_ids:
-            return
-        if self._wants_log_probs and token.log_prob is not None:
-            self._log_probs.append((token.id, token.log_prob))
-        self._show(self.stream.push(token.id))
-        self.thinking_tokens += self.stream.inside == THINKING
+    def push(self, tokens: Sequence[Token]) -> None:
+        """Takes the next tokens."""
+        ids = []
+        for token in tokens:
+            self.tokens += 1
+            if token.id not in self._stop_ids:
+                ids.append(token.id)
+                if self._wants_log_probs and token.log_prob is not None:
+                    self._log_probs.append((token.id, token.log_prob))
+        self._show(self.stream.extend(ids))
 
     def finish(self, reason: str) -> None:
         """The sample has ended: gives out what was held back."""
@@ -263,7 +261,7 @@ def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, Any]:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": new,
         "total_tokens": prompt_tokens + new,
-        "completion_tokens_details": {"reasoning_tokens": sum(choice.thinking_tokens for choice in choices)},
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.stream.thinking_tokens for choice in choices)},
     }
 
 

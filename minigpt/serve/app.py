@@ -358,9 +358,10 @@ class _Run:
                 begun = True
                 metrics.first_token.observe(time.perf_counter() - job.submitted)
             metrics.new_tokens.inc(len(tokens))
-            for token in tokens:
-                self.choices[first + token.sample].push(token)
-            yield sorted({first + token.sample for token in tokens}), False
+            changed = sorted({token.sample for token in tokens})
+            for sample in changed:
+                self.choices[first + sample].push([token for token in tokens if token.sample == sample])
+            yield [first + sample for sample in changed], False
         if job.finish_reasons is None:
             metrics.sequences.labels("cancelled").inc(job.n)
             return

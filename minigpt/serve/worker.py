@@ -1,8 +1,9 @@
 """The thread that drives the engine, and the jobs that the event loop gives it.
 
 One thread owns the engine: jobs and cancellations reach it through a queue between two steps, tokens go back to the
-event loop in batches. A token of a text that is already flowing may wait `DELIVER_SECONDS` for company, since one
-message for several tokens costs the server as much as one message for one; first and last tokens never wait.
+event loop in batches. A token of a text that is already flowing waits a little for company, the longer the more texts
+flow, since a message with several tokens costs the server as much as a message with one, and while the event loop
+computes, the engine's thread can not. First and last tokens never wait.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from minigpt.generation.text import Decode
 
 DELIVER_SECONDS = 0.02
+DELIVER_SECONDS_A_JOB = 0.002  # with 32 texts each gets a message twelve times a second
 KEEP_ALIVE_SECONDS = 15.0
 RETRY_AFTER_SECONDS = 1
 
@@ -72,17 +74,19 @@ class Job:
         Raises:
             ApiError: the engine broke.
         """
-        while not (self._ended or self.cancelled):
-            try:
-                async with asyncio.timeout(KEEP_ALIVE_SECONDS):
-                    await self._news.wait()
-            except TimeoutError:
-                yield []
-                continue
+        while not self.cancelled:
             self._news.clear()
             tokens, self._tokens = self._tokens, []
-            if tokens and not self.cancelled:
+            if tokens:
                 yield tokens
+            elif self._ended:
+                break
+            else:
+                try:
+                    async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                        await self._news.wait()
+                except TimeoutError:
+                    yield []
         if self.error is not None:
             raise self.error
 
@@ -254,7 +258,7 @@ class EngineWorker:
     def _flush(self) -> None:
         """Sends what is urgent, and now and then everything."""
         now = time.perf_counter()
-        if now - self._delivered >= DELIVER_SECONDS:
+        if now - self._delivered >= DELIVER_SECONDS + DELIVER_SECONDS_A_JOB * len(self._jobs):
             chosen = {**self._outbox, **self._urgent}
             self._delivered = now
         else:
