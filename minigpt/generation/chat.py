@@ -19,6 +19,7 @@ from minigpt.generation.text import printable
 
 if TYPE_CHECKING:
     from minigpt.dataset.chat import ChatEncoder
+    from minigpt.generation.engine import Engine
     from minigpt.model.model_minigpt import MiniGPT
 
 HELP = """/reset              forget the conversation
@@ -121,6 +122,7 @@ class Conversation:
         self.enable_thinking = enable_thinking
         self.start = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, Any]] = list(self.start)
+        self._engine: Engine | None = None
         self.answers = 0  # each answer draws from a random stream of its own
 
     def run(self) -> None:
@@ -187,9 +189,11 @@ class Conversation:
 
     def pieces(self, prompt_ids: list[int], parts: Any) -> Iterator[tuple[str, str]]:
         """One (kind, text) for every token, "" where a token adds no text yet."""
-        from minigpt.generation.engine import stream
+        from minigpt.generation.engine import Engine
 
-        for token in stream(self.model, prompt_ids, self.sampling, sequence_id=self.answers):
+        if self._engine is None:
+            self._engine = Engine(self.model, slots=1)  # it remembers what it read: the turns so far
+        for token in self._engine.stream(prompt_ids, self.sampling, sequence_id=self.answers):
             if token in self.sampling.stop_token_ids:
                 return
             new = parts.push(token)
