@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 STATIC = Path(__file__).parent / "static"
 BODY_SECONDS = 30.0
+SHORT_BODY_BYTES = 8192
 PAGE_FILES = ("/", "/app.js", "/words.js", "/markdown.js", "/style.css", "/icon.svg")
 OPEN_PATHS = ("/health", *PAGE_FILES)
 """What is shown without an API key: nothing but the page's files, and that the server lives."""
@@ -142,9 +143,8 @@ def make_app(served: Served) -> Door:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        worker.attach()
         yield
-        await asyncio.to_thread(worker.stop)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(ApiError, _api_error)
@@ -210,7 +210,7 @@ class _ChatAnswer:
         self.decode = visible_decode(served.encoder)
 
     def prompt_ids(self) -> list[list[int]]:
-        """The rendered conversation; takes time, so not on the event loop."""
+        """The rendered conversation; a long one takes time, and then does not belong on the event loop."""
         messages = [message.as_message() for message in self.request.messages]
         tools = None if self.request.tool_choice == "none" else self.request.tools
         schemas = [tool.model_dump() for tool in tools] if tools else None
@@ -253,7 +253,11 @@ async def _answer(served: Served, request: Request, asked: _ChatAnswer) -> Respo
     """Runs a request on the engine and answers it, whole or in pieces."""
     worker, sequences = served.worker, asked.n * asked.prompts
     try:
-        prompts = await asyncio.to_thread(asked.prompt_ids)
+        long = int(request.headers.get("content-length", MAX_BODY_BYTES)) > SHORT_BODY_BYTES
+        if long or served.encoder.template is not None:
+            prompts = await asyncio.to_thread(asked.prompt_ids)
+        else:
+            prompts = asked.prompt_ids()  # takes less time than another thread needs to begin
     except (UserError, UnicodeError) as error:
         raise ApiError(str(error), param=asked.param) from None
     for prompt in prompts:

@@ -15,6 +15,7 @@ from minigpt.errors import UserError
 from minigpt.generation.command import thinking_switch
 
 DRAIN_SECONDS = 10
+SWITCH_SECONDS = 0.0005  # the engine's thread gets Python back so soon from the event loop; a decode step takes 2 ms
 
 
 @dataclass
@@ -188,12 +189,23 @@ def _serve(options: ServeOptions, listening: socket.socket) -> bool:
     )
     server = Server(config)
 
-    def end() -> None:
+    def end(*_: object) -> None:
+        server.force_exit = server.should_exit  # asked for the second time
         server.should_exit = True
+
+    def run_server() -> None:
+        try:
+            server.run(sockets=[listening])
+        finally:
+            worker.stop()
 
     worker.on_crash = end
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them once more when it has ended: that is all
-            signal.signal(number, lambda *_: None)
-    server.run(sockets=[listening])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    http = threading.Thread(target=run_server, name="http")
+    http.start()
+    worker.run()
+    http.join()
     return worker.crashed is not None

@@ -1,6 +1,8 @@
-"""The thread that drives the engine, and the jobs that the event loop gives it.
+"""The loop that drives the engine, and the jobs that the event loop gives it.
 
-One thread owns the engine: jobs and cancellations reach it through a queue between two steps, tokens go back to the
+The main thread owns the engine, the event loop has a thread of its own. It must be this way round: OpenMP's threads
+stop spinning between two products once two threads of a process have used it, and a small model is then decoded at
+half its rate. Jobs and cancellations reach it through a queue between two steps, tokens go back to the
 event loop in batches. A token of a text that is already flowing waits a little for company, the longer the more texts
 flow, since a message with several tokens costs the server as much as a message with one, and while the event loop
 computes, the engine's thread can not. First and last tokens never wait.
@@ -10,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -128,15 +129,13 @@ class EngineWorker:
         self._outbox: dict[Job, list[Token]] = {}
         self._urgent: dict[Job, None] = {}
         self._delivered = 0.0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
 
     # ----------------------------------------------------------------------------------------------- on the event loop
 
-    def start(self) -> None:
-        """Starts the thread; call it on the event loop that the jobs belong to."""
+    def attach(self) -> None:
+        """Makes the running event loop the one that jobs come from."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
 
     async def drain(self, seconds: float) -> None:
         """Takes no new jobs, and gives those that are under way so long to end."""
@@ -148,9 +147,8 @@ class EngineWorker:
             self.cancel(job)
 
     def stop(self) -> None:
-        """Ends the thread after the step that is under way."""
+        """Lets `run` return after the step that is under way."""
         self._inbox.put(None)
-        self._thread.join(timeout=30)
 
     def reserve(self, sequences: int, param: str = "n") -> None:
         """Room for so many sequences.
@@ -202,7 +200,8 @@ class EngineWorker:
 
     # ------------------------------------------------------------------------------------------------- engine's thread
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Drives the engine until `stop`, or until it breaks."""
         try:
             while self._take_orders():
                 for request in self.engine.step():
