@@ -242,6 +242,21 @@ def test_batch_invariant_results_are_equal_bit_for_bit_whatever_runs_beside(make
     assert reused.stats.prefix_hit_tokens > 0
 
 
+def test_batch_invariant_results_of_a_later_turn_do_not_depend_on_whether_the_earlier_one_ran_here(model):
+    """What decode steps wrote into the cache rounds otherwise than reading the same text, so it must not be reused."""
+    prompt, params = prompts_of([100])[0], SamplingParams(max_new_tokens=200, seed=5)
+    here = Engine(model, slots=4, batch_invariant=True)
+    first = here.submit(prompt, params)
+    run(here)
+    turn = prompt + first.completions[0].ids
+    answers = []
+    for engine in (here, Engine(model, slots=4, batch_invariant=True)):
+        request = engine.submit(turn, SamplingParams(max_new_tokens=30, seed=6), log_probs=True)
+        run(engine)
+        answers.append(results(request))
+    assert answers[0] == answers[1]
+
+
 # --------------------------------------------------------------------------------------------------- between two steps
 
 

@@ -250,3 +250,13 @@ def test_logit_bias_adds_to_logits_and_leaves_the_models_own_log_probs():
     assert statistic <= freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
     own = (LOGITS.double() / 1.5).log_softmax(0)[drawn.ids]
     assert (drawn.log_probs - own).abs().max() <= 1e-5
+
+
+def test_equals_are_drawn_in_the_same_order_however_many_candidates_the_batch_mates_need():
+    logits = torch.linspace(-9, -5, 3200).repeat(8, 1)
+    logits[:, torch.randperm(3200, generator=torch.Generator().manual_seed(0))[:40]] = 1.0
+    numbers = torch.from_numpy(uniforms(5, 0, 0, 8))
+    mine, mate = SamplingParams(top_k=50), SamplingParams(top_k=250)
+    alone = sample(logits, SamplingTensors.of([mine] * 8, 3200, "cpu"), numbers)
+    mixed = sample(logits, SamplingTensors.of([mine] * 7 + [mate], 3200, "cpu"), numbers)
+    assert alone.ids[:7].tolist() == mixed.ids[:7].tolist()
