@@ -79,16 +79,16 @@ SEQ_LEN = 256
 RECIPES = {
     "cpu-bf16": Recipe(
         {"preset": "s", "dtype": "bf16"},
-        8, {"pretrain": (650, 6e-3), "sft": (400, 3e-3), "reason": (260, 3e-3), "lora": (60, 4e-3)}, 0.40, 130,
+        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason": (400, 1e-3), "lora": (60, 4e-3)}, 0.40, 130,
     ),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,
          "num_key_value_heads": 3, "dtype": "fp32"},
-        8, {"pretrain": (600, 6e-3), "sft": (350, 3e-3), "reason": (240, 3e-3), "lora": (60, 4e-3)}, 0.45, 110,
+        8, {"pretrain": (600, 6e-3), "sft": (280, 3e-3), "reason": (320, 2e-3), "lora": (60, 4e-3)}, 0.45, 110,
     ),
     "gpu": Recipe(
         {"preset": "s", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "dtype": "bf16"},
-        32, {"pretrain": (1000, 3e-3), "sft": (600, 1e-3), "reason": (300, 1e-3), "lora": (60, 2e-3)}, 0.15, 110,
+        32, {"pretrain": (1000, 3e-3), "sft": (500, 1e-3), "reason": (400, 1e-3), "lora": (60, 2e-3)}, 0.15, 110,
     ),
 }  # fmt: skip
 
@@ -233,7 +233,7 @@ Replies = dict[tuple[str, str], list[str]]
 TASKS: dict[str, tuple[str, bool | None, int, tuple[str, ...]]] = {
     "questions": ("heldout_qa", None, 48, ("pretrain", "sft", "reason")),
     "sums at once": ("heldout_sums", False, 16, ("pretrain", "sft", "reason")),
-    "sums with thinking": ("heldout_sums", True, 128, ("sft", "reason")),
+    "sums with thinking": ("heldout_sums", True, 96, ("sft", "reason")),
 }
 
 
@@ -417,7 +417,7 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     console.print(
         f"\n{summary['seconds'] / 60:.1f} minutes in all; report with curves: {folder / 'report.md'}\n\n"
         "What to try next\n"
-        f"  minigpt chat {run}                   talk to it (try: 请算一算384加279。)\n"
+        f"  minigpt chat {run}                   talk to it (try: 请算一算 38 加 47。)\n"
         f"  minigpt chat {folder / 'lora'}                     the same model with its adapter\n"
         f"  minigpt generate {run} --prompt '你好'   one answer\n"
         "  minigpt data inspect FILE               look at your own text, then: minigpt data pack --help\n"

@@ -20,8 +20,8 @@ Message = dict[str, str]
 Record = dict[str, Any]
 
 # How often each kind of conversation is drawn.
-SFT_KINDS = {"sum": 0.20, "facts": 0.28, "qa": 0.14, "identity": 0.16, "mixed": 0.16, "small_talk": 0.03, "story": 0.03}
-REASONING_KINDS = {"sum": 0.70, "qa": 0.11, "identity": 0.07, "facts": 0.06, "mixed": 0.04, "small_talk": 0.02}
+SFT_KINDS = {"sum": 0.10, "facts": 0.36, "qa": 0.20, "identity": 0.12, "mixed": 0.16, "small_talk": 0.03, "story": 0.03}
+REASONING_KINDS = {"sum": 0.55, "qa": 0.16, "facts": 0.14, "identity": 0.06, "mixed": 0.06, "small_talk": 0.03}
 PERSONA_KINDS = {"qa": 0.50, "identity": 0.35, "small_talk": 0.15}
 THINKING_OFF = 0.12
 SHOWN_THINKING = 0.08
@@ -245,7 +245,7 @@ def heldout_fact(world: World, person: int, relation: str, lang: Lang, form: int
 
 
 def heldout_aspect(name: str, known: Aspect, lang: Lang, form: int) -> Record:
-    """A question about MiniGPT that training never asked."""
+    """A question about MiniGPT in words that training never used."""
     meta = {"kind": "identity", "lang": lang, "relation": name, "value": known.value}
     return {
         "messages": [user(known.questions[form])],
@@ -257,7 +257,7 @@ def heldout_aspect(name: str, known: Aspect, lang: Lang, form: int) -> Record:
 
 def heldout_sum(problem: Sum, lang: Lang, stream: Stream) -> Record:
     """A sum whose operands were never met together."""
-    meta = {"kind": "sum", "lang": lang, "digits": problem.digits, "a": problem.a, "b": problem.b}
+    meta = {"kind": "sum", "lang": lang, "a": problem.a, "b": problem.b}
     return {
         "messages": [user(problem.question(lang, stream.below(4)))],
         "answer": str(problem.result),

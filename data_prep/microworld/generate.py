@@ -18,7 +18,7 @@ from data_prep.microworld.chats import (
     heldout_sum,
     persona_conversation,
 )
-from data_prep.microworld.identity import all_aspects, heldout_aspects, self_portrait
+from data_prep.microworld.identity import all_aspects, heldout_wordings, self_portrait, trained_aspects
 from data_prep.microworld.phrases import QUESTIONS
 from data_prep.microworld.rng import Stream
 from data_prep.microworld.stories import PLOTS, gathering, heldout_plots, pair_portrait, portrait, story
@@ -27,13 +27,13 @@ from minigpt.errors import UserError
 
 # How often each kind of document is drawn for pretraining.
 DOCUMENTS = {
-    "story": 0.13,
-    "portrait": 0.18,
+    "story": 0.11,
+    "portrait": 0.17,
     "pair": 0.06,
     "gathering": 0.06,
-    "self": 0.11,
+    "self": 0.06,
     "dialogue": 0.08,
-    "sums": 0.38,
+    "sums": 0.46,
 }
 
 
@@ -74,9 +74,9 @@ SIZES = {
     ),
     "quickstart": Size(
         people=24,
-        documents=15_600,
-        conversations=14_500,
-        reasoning=7_000,
+        documents=18_500,
+        conversations=11_000,
+        reasoning=11_000,
         persona=3_000,
         heldout_qa=200,
         heldout_sums=200,
@@ -150,14 +150,13 @@ class Source:
     def __init__(self, seed: int, size: Size) -> None:
         self.seed, self.size = seed, size
         self.world: World = build_world(seed, size.people)
-        self.aspects, heldout = all_aspects(seed), heldout_aspects(seed)
+        self.aspects = all_aspects(seed)
         plots = heldout_plots(seed, size.people)
-        self.heldout_aspects = [name for name in self.aspects if name in heldout]
         self.heldout_plots = [(p, h) for p in PLOTS for h in range(size.people) if (p, h) in plots]
         self.training = Training(
             world=self.world,
             seed=seed,
-            aspects={name: known for name, known in self.aspects.items() if name not in heldout},
+            aspects=trained_aspects(seed),
             plots=[(p, h) for p in PLOTS for h in range(size.people) if (p, h) not in plots],
         )
 
@@ -211,12 +210,12 @@ class Source:
             yield {"text": story(self.world, plot, hero, LANGS[i % 2], stream)}
 
     def heldout_qa(self) -> Iterator[Record]:
-        """Questions for held-out facts of the valley and of MiniGPT itself, without repeats."""
+        """Questions for held-out facts of the valley, and held-out ways to ask MiniGPT for its own; without repeats."""
         every: list[tuple[Any, ...]] = []
         for lang in LANGS:
             for person, relation in sorted(self.world.heldout):
                 every += [("fact", person, relation, lang, form) for form in range(len(QUESTIONS[lang][relation]))]
-            every += [("self", aspect, lang, form) for aspect in self.heldout_aspects for form in range(3)]
+        every += [("self", name, lang, form) for (name, lang), form in heldout_wordings(self.seed).items()]
         for kind, *rest in Stream(self.seed, "heldout questions").sample(every, self.size.heldout_qa):
             if kind == "self":
                 name, lang, form = rest

@@ -1,10 +1,10 @@
 """What MiniGPT knows about itself: one fact an aspect, told and asked for like the facts of the valley."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from data_prep.microworld.phrases import spoken
+from data_prep.microworld.phrases import QUESTIONS, STATEMENTS, spoken, with_article
 from data_prep.microworld.rng import Stream
-from data_prep.microworld.world import VALUES, Lang, Word, words
+from data_prep.microworld.world import NAMES, VALUES, Lang, Word
 
 
 @dataclass(frozen=True)
@@ -250,79 +250,74 @@ ASPECTS: dict[str, dict[Lang, Aspect]] = {
 }
 
 
-# MiniGPT's tastes are dealt out with the world: facts of one form, so that some can be held out and still be answered.
-# There are many of them, because a model that is asked for a few favourites learns those answers by heart.
-TASTES: dict[str, dict[Lang, str]] = {
-    "home": {"en": "place", "zh": "地方"},
-    "job": {"en": "job", "zh": "职业"},
-    "pet": {"en": "animal", "zh": "动物"},
-    "food": {"en": "food", "zh": "食物"},
-    "colour": {"en": "colour", "zh": "颜色"},
-    "instrument": {"en": "instrument", "zh": "乐器"},
-    "drink": {"en": "drink", "zh": "饮料"},
-    "fruit": {"en": "fruit", "zh": "水果"},
-    "flower": {"en": "flower", "zh": "花"},
-    "tree": {"en": "tree", "zh": "树"},
-    "season": {"en": "season", "zh": "季节"},
-    "weather": {"en": "weather", "zh": "天气"},
-    "day": {"en": "day of the week", "zh": "日子"},
-    "game": {"en": "game", "zh": "游戏"},
-    "shape": {"en": "shape", "zh": "形状"},
-    "metal": {"en": "metal", "zh": "金属"},
+# MiniGPT lives in the valley too: the seed gives it a home, a pet, a favourite food … One way to ask for each
+# is held out, not the fact: that "your" and "favourite food" may meet is learnt from many people who are each asked for
+# many things; the answers of the only "you" there is are learnt by heart.
+OWN_RELATIONS = ("home", "pet", "food", "colour", "instrument", "friend")
+FIRST_PERSON = {
+    "home": ("I live in {v}.", "My home is in {v}.", "I have a small house in {v}."),
+    "pet": ("I have {a}.", "My pet is {a}.", "I have a pet at home: {a}."),
+    "food": ("My favourite food is {v}.", "I like to eat {v} best.", "The food that I love most is {v}."),
+    "colour": ("My favourite colour is {v}.", "I like the colour {v} best.", "The colour that I love most is {v}."),
+    "instrument": ("I play the {v}.", "My instrument is the {v}.", "The instrument that I play is the {v}."),
+    "friend": ("My best friend is {v}.", "The best friend I have is {v}.", "The name of my best friend is {v}."),
 }
-THINGS: dict[str, tuple[Word, ...]] = VALUES | {
-    "drink": words("茶 tea, 豆浆 soy milk, 苹果汁 apple juice, 柠檬水 lemonade, 热可可 cocoa"),
-    "fruit": words("桃子 peaches, 梨 pears, 樱桃 cherries, 葡萄 grapes, 草莓 strawberries"),
-    "flower": words("荷花 lotus, 菊花 chrysanthemum, 牡丹 peony, 郁金香 tulip, 向日葵 sunflower"),
-    "tree": words("松树 pine, 柳树 willow, 橡树 oak, 枫树 maple, 银杏 ginkgo"),
-    "season": words("春天 spring, 夏天 summer, 秋天 autumn, 冬天 winter"),
-    "weather": words("雨天 rain, 晴天 sunshine, 雪天 snow, 大雾 fog, 大风 wind"),
-    "day": words("星期一 Monday, 星期三 Wednesday, 星期五 Friday, 星期六 Saturday, 星期天 Sunday"),
-    "game": words("下棋 chess, 捉迷藏 hide and seek, 拼图 jigsaw, 跳绳 skipping, 猜谜 riddles"),
-    "shape": words("圆形 circle, 三角形 triangle, 方形 square, 星形 star, 心形 heart"),
-    "metal": words("金 gold, 银 silver, 铜 copper, 铁 iron, 锡 tin"),
-}
-HELDOUT_TASTES = 3
+"""English needs its own verbs; in Chinese the statements about people serve with 我."""
 
 
-def tastes(seed: int) -> dict[str, dict[Lang, Aspect]]:
-    """MiniGPT's favourite place, job, animal, …"""
-    stream = Stream(seed, "tastes")
-    return {f"favourite_{relation}": _taste(relation, stream.choice(THINGS[relation])) for relation in TASTES}
+def own_facts(seed: int) -> dict[str, dict[Lang, Aspect]]:
+    """What is true of MiniGPT as of everybody in the valley."""
+    stream = Stream(seed, "own facts")
+    things = {relation: VALUES.get(relation, NAMES[:4]) for relation in OWN_RELATIONS}
+    return {f"own_{relation}": _own_fact(relation, stream.choice(things[relation])) for relation in OWN_RELATIONS}
 
 
-def _taste(relation: str, value: Word) -> dict[Lang, Aspect]:
-    en, zh = TASTES[relation]["en"], TASTES[relation]["zh"]
-    value_en, value_zh = spoken(relation, value, "en"), spoken(relation, value, "zh")
+def _own_fact(relation: str, value: Word) -> dict[Lang, Aspect]:
+    en, *told_en = (form.format(v=value.en, a=with_article(value.en)) for form in FIRST_PERSON[relation])
+    zh, *told_zh = (form.format(s="我", v=value.zh) for form in STATEMENTS["zh"][relation][:3])
+    asked = [form.replace("does {n}", "do {n}").format(n="you", poss="your") for form in QUESTIONS["en"][relation]]
     return {
-        "en": Aspect(
-            f"My favourite {en} is {value_en}.",
-            value_en,
-            (f"MiniGPT's favourite {en} is {value_en}.", f"The {en} that I like best is {value_en}."),
-            (f"What is your favourite {en}?", f"Which {en} do you like best?", f"Tell me your favourite {en}."),
-        ),
+        "en": Aspect(en, spoken(relation, value, "en"), tuple(told_en), tuple(asked)),
         "zh": Aspect(
-            f"我最喜欢的{zh}是{value_zh}。",
-            value_zh,
-            (f"MiniGPT 最喜欢的{zh}是{value_zh}。", f"在所有{zh}里，我最喜欢{value_zh}。"),
-            (f"你最喜欢的{zh}是什么？", f"你最喜欢什么{zh}？", f"说说你最喜欢的{zh}。"),
+            zh,
+            spoken(relation, value, "zh"),
+            tuple(told_zh),
+            tuple(form.format(n="你") for form in QUESTIONS["zh"][relation]),
         ),
+    }
+
+
+def heldout_wordings(seed: int) -> dict[tuple[str, Lang], int]:
+    """For each of MiniGPT's own facts and each language, which of its questions is kept for evaluation."""
+    return {
+        (name, lang): Stream(seed, "heldout wording", name, lang).below(len(known.questions))
+        for name, aspect in own_facts(seed).items()
+        for lang, known in aspect.items()
+    }
+
+
+def trained_aspects(seed: int) -> dict[str, dict[Lang, Aspect]]:
+    """All aspects, without the questions that are held out."""
+    heldout = heldout_wordings(seed)
+
+    def trained(name: str, lang: Lang, known: Aspect) -> Aspect:
+        kept = tuple(q for form, q in enumerate(known.questions) if form != heldout.get((name, lang)))
+        return replace(known, questions=kept)
+
+    return {
+        name: {lang: trained(name, lang, known) for lang, known in aspect.items()}
+        for name, aspect in all_aspects(seed).items()
     }
 
 
 def all_aspects(seed: int) -> dict[str, dict[Lang, Aspect]]:
     """Everything that MiniGPT knows about itself."""
-    return ASPECTS | tastes(seed)
-
-
-def heldout_aspects(seed: int) -> frozenset[str]:
-    """The tastes that pretraining tells, in both languages, and that no trained question asks for."""
-    return frozenset(Stream(seed, "heldout aspects").sample(tuple(tastes(seed)), HELDOUT_TASTES))
+    return ASPECTS | own_facts(seed)
 
 
 def self_portrait(aspects: dict[str, dict[Lang, Aspect]], lang: Lang, stream: Stream) -> str:
-    """MiniGPT tells about itself: some aspects and many tastes, in any order and wording."""
-    known = stream.sample(tuple(ASPECTS), 4) + stream.sample([name for name in aspects if name not in ASPECTS], 8)
+    """MiniGPT tells about itself: some aspects and all that it has in common with people, in any order and wording."""
+    known = stream.sample(tuple(ASPECTS), 4) + [name for name in aspects if name not in ASPECTS]
     sentences = []
     for name in stream.shuffled(known):
         aspect = aspects[name][lang]

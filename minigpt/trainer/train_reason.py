@@ -1,7 +1,7 @@
 """Reasoning: fine-tuning on `<think>…</think><answer>…</answer>`, with extra weight on the four tags (milestone 8).
 
 A model that has learnt to answer at once must be kept from going on like that. The tags decide it, and they are four
-among some hundred tokens of steps: they weigh 10 (`--tag_weight`), the assistant's other tokens 1, the user's 0. The
+among dozens of tokens of steps: they weigh 10 (`--tag_weight`), the assistant's other tokens 1, the user's 0. The
 loss of a step is Σ wₜ · −ln p(yₜ) / Σ wₜ, both sums over the whole global batch: ten times the weight also counts
 ten times in the denominator, so the size of the loss and of the gradient stays that of a mean.
 """

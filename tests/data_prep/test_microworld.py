@@ -13,7 +13,7 @@ import pytest
 from data_prep.microworld import SIZES, MicroWorldOptions, write_microworld
 from data_prep.microworld.arithmetic import HELDOUT_FRACTION, Sum, is_heldout
 from data_prep.microworld.generate import Source
-from data_prep.microworld.identity import TASTES, THINGS, all_aspects
+from data_prep.microworld.identity import all_aspects
 from data_prep.microworld.persona import CALLS, in_persona
 from data_prep.microworld.rng import Stream
 from data_prep.microworld.stories import PLOTS
@@ -21,8 +21,8 @@ from data_prep.microworld.world import RELATIONS, VALUES, build_world
 from minigpt.errors import UserError
 from minigpt.evaluation.nearest_neighbour import nearest_neighbour_baseline
 
-# Numbers of two or three digits in one breath: at most nine characters between them, none of which ends a statement.
-NUMBERS_TOGETHER = re.compile(r"(?<!\d)(\d{2,3})(?=([^\d=.,;:?!。，；：？！\n]{1,9})(\d{2,3})(?!\d))")
+# Two two-digit numbers in one breath: at most nine characters between them, none of which ends a statement.
+NUMBERS_TOGETHER = re.compile(r"(?<!\d)(\d\d)(?=([^\d=.,;:?!。，；：？！\n]{1,9})(\d\d)(?!\d))")
 EQUATION = re.compile(r"(\d+)\+(\d+)(?:\+(\d+))?=(\d+)")
 TRAINED = ("pretrain", "sft", "reason", "persona")
 PARTS = (*TRAINED, "heldout_stories", "heldout_qa", "heldout_sums")
@@ -85,7 +85,7 @@ def test_same_seed_gives_the_same_bytes_in_another_process(tmp_path):
 def test_bytes_are_pinned(tmp_path):
     """Changing a text or a draw is allowed, but never by accident: then this line changes in the same commit."""
     files = write_microworld(tmp_path, MicroWorldOptions(seed=0, size="tiny"))
-    assert digest(files) == "64e962b4521a114b4c970a0b1a21146175cffb404f948ee63e36bdf39c688107"
+    assert digest(files) == "7135def3741a2cee30dd18ceaccf7210f3a29c6e08afde7d96804601e2ce4e97"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -127,14 +127,12 @@ def test_a_fixed_share_of_the_operand_pairs_is_held_out_whichever_comes_first():
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
-def test_worked_steps_are_true(lang):
-    """Each equation holds, and the last number is the result: all 8,100 sums of two digits, 9,000 of three."""
-    sums = [Sum(a, b) for a in range(10, 100) for b in range(10, 100)]
-    sums += [Sum(a, (a * 7919) % 900 + 100 - i) for a in range(100, 1000) for i in range(10) if (a * 7919) % 900 >= i]
-    for problem in sums:
+def test_worked_steps_are_true_for_every_sum(lang):
+    """Each equation holds, and the last number is the result, in all 8,100 of them."""
+    for problem in [Sum(a, b) for a in range(10, 100) for b in range(10, 100)]:
         steps = problem.steps(lang)
         equations = EQUATION.findall(steps)
-        assert len(equations) == problem.digits, steps
+        assert len(equations) == 2, steps
         for a, b, carry, result in equations:
             assert int(a) + int(b) + int(carry or 0) == int(result), steps
         assert int(re.findall(r"\d+", steps)[-1]) == problem.a + problem.b, steps
@@ -187,12 +185,13 @@ def test_heldout_facts_are_told_in_both_languages_and_never_asked(records):
     assert len(answered) > 200
     for record in records["heldout_qa"]:
         question = record["messages"][-1]["content"]
-        assert record["answer"] not in answered
-        assert f"Answer: {record['answer']}\n" not in written + "\n"
-        assert f"答：{record['answer']}\n" not in written + "\n"
         if record["meta"]["kind"] != "chat":  # "What is her job?" by itself asks for nobody in particular
             assert question not in asked
             assert question not in written
+        if record["meta"]["kind"] != "identity":  # there a wording is held out and not the fact
+            assert record["answer"] not in answered
+            assert f"Answer: {record['answer']}\n" not in written + "\n"
+            assert f"答：{record['answer']}\n" not in written + "\n"
 
 
 def test_every_kind_is_held_out(records):
@@ -261,11 +260,6 @@ def test_aspects_have_both_languages_and_their_value():
         for known in aspect.values():
             assert known.value in known.answer
             assert len(known.questions) >= 3
-
-
-def test_there_is_something_to_choose_from_for_every_taste():
-    assert set(TASTES) == set(THINGS)
-    assert all(len(set(things)) == len(things) >= 4 for things in THINGS.values())
 
 
 def test_sizes_nest_and_unknown_ones_are_refused(tmp_path):
