@@ -339,8 +339,6 @@ def _chat_samples(folder: Path, data: dict[str, Path]) -> list[dict[str, str]]:
     for text, right, stage, thinking in asked:
         answers = ModelAnswers(*models[stage], 128, thinking)
         sample = {"prompt": text, "answer": answers([[{"role": "user", "content": text}]])[0], "model": stage}
-        if thinking:
-            sample["answer"] = "<think>" + sample["answer"]  # what the prompt ended with
         if thinking is False:
             sample["prompt"] += "  (thinking off)"
         samples.append({**sample, **({"right_answer": right} if right else {})})
