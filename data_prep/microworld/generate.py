@@ -91,7 +91,7 @@ class MicroWorldOptions:
 
     Args:
         seed: chooses the world, what is held out, and every sentence; the same seed gives the same bytes everywhere.
-        size: `tiny` (for tests), `small` (about 250k tokens of text, 150k of chats) or `quickstart` (1.3M and 1.1M).
+        size: `tiny` (for tests), `small` (240k tokens of text, 260k of chats) or `quickstart` (1.5M and 1.6M).
     """
 
     seed: int = 0
