@@ -64,7 +64,7 @@ def test_without_tasks_a_run_is_judged_by_its_validation_split_and_its_heldout_q
     assert sums["data"]["fingerprint"] == file_sha256(quickstart / "microworld" / "heldout_sums.jsonl")
     assert sums["model"]["stage"] == "sft"
     assert sums["settings"]["context"] == 128
-    assert sums["command"].startswith("minigpt ")
+    assert sums["command"].startswith("minigpt")
     for name in ("valid", "heldout_qa", "accuracy", "bits_per_byte"):
         assert name in out
     report = build_report(run).read_text(encoding="utf-8")

@@ -107,7 +107,7 @@ def test_the_tokenizer_gives_the_folder_its_padding_id(tmp_path):
 def test_rewards_do_not_depend_on_batch_mates_or_padding(max_tokens):
     model = reward_model()
     alone = torch.cat([model(torch.tensor([ids])) for ids in sequences()]).detach()
-    assert (model.rewards(sequences(), max_tokens) - alone).abs().max() <= 1e-6
+    torch.testing.assert_close(model.rewards(sequences(), max_tokens).detach(), alone, rtol=1e-5, atol=1e-5)
     assert alone.std() > 0.1
 
 
@@ -159,11 +159,11 @@ def test_the_critic_values_every_token_and_starts_from_the_reward_model():
     values = critic(ids)
     assert values.shape == (1, 40)
     assert values.dtype == torch.float32
-    assert torch.equal(values[:, -1], reward(ids))
+    torch.testing.assert_close(values[:, -1], reward(ids), rtol=1e-5, atol=1e-5)
     before = critic(ids[:, :20])
     assert (values[:, :20] - before).abs().max() <= 1e-5, "a value knows nothing of what comes after"
     reward.score.weight.data.zero_()
-    assert torch.equal(critic(ids), values), "the head is a copy"
+    assert (critic(ids) - values).abs().max() <= 1e-5, "the head is a copy"
     fresh = ValueModel.from_decoder(random_model())
     assert fresh(ids).abs().max() < 5
 
