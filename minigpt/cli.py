@@ -7,7 +7,6 @@ and a YAML file (`--config`) sets the same fields. Nothing heavy is imported bef
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import json
 import os
@@ -18,7 +17,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from minigpt.errors import UserError
+from minigpt.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_overview(arguments[0]))
         return
     if name not in VERBS:
-        _fail(f"there is no command `minigpt {name}`{_did_you_mean(name, VERBS)}; `minigpt --help` lists them", 2)
+        _fail(f"there is no command `minigpt {name}`{did_you_mean(name, VERBS)}; `minigpt --help` lists them", 2)
     verb = VERBS[name]
     run_command(_load(verb.function), _load(verb.options), arguments[words:], f"minigpt {name}", verb.positional)
 
@@ -238,7 +237,7 @@ def _explain(message: str, fields: dict[str, Any], program: str | None) -> str:
     )
     if unknown:
         name = (unknown[1] or unknown[2]).removeprefix("--").split("=")[0]
-        return f"unknown option {name}{_did_you_mean(name, fields)}; `{program or sys.argv[0]} --help` lists them"
+        return f"unknown option {name}{did_you_mean(name, fields)}; `{program or sys.argv[0]} --help` lists them"
     wrong = re.match(r'Parser key "(\w+)": .*(?:Given value|Got value): (.*)', text)
     if wrong and wrong[1] in fields:
         return f"--{wrong[1]} is {wrong[2]}, it must be {_in_words(fields[wrong[1]])}"
@@ -257,11 +256,6 @@ def _in_words(kind: Any) -> str:
     if typing.get_origin(kind) is list:
         return f"a list, each {_in_words(typing.get_args(kind)[0])}"
     return "a path" if isinstance(kind, type) and issubclass(kind, os.PathLike) else str(kind)
-
-
-def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def _load(path: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.dataset.shards import MANIFEST, PACKED_STAGES, PackedDataset
-from minigpt.errors import UserError
+from minigpt.errors import UserError, did_you_mean
 
 from .bits_per_byte import PackedText, RawText
 from .exact_answer import KINDS, ExactAnswer
@@ -48,10 +47,7 @@ def make_tasks(specs: Sequence[str], *, dev: Path | None = None, own_data: Packe
 def _make_task(spec: str, dev: Path | None, own_data: PackedDataset | None) -> Task:
     name, _, rest = spec.partition(":")
     if name not in NAMES:
-        close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
-        raise UserError(
-            f"there is no task {name!r}{f', did you mean {close[0]}?' if close else ''}; tasks are {SYNTAX}"
-        )
+        raise UserError(f"there is no task {name!r}{did_you_mean(name, NAMES)}; tasks are {SYNTAX}")
     if not rest:
         if name != "bpb":
             raise UserError(f"the task {name} needs its data: {name}:PATH")
