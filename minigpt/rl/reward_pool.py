@@ -95,7 +95,7 @@ class RewardPool:
             if not 0 < value < math.inf:
                 raise UserError(f"rewards with {name}={value} cannot be computed: give a number above 0")
         self.timeout, self.failure_reward = timeout, failure_reward
-        self._workers = [_Worker(list(specs), timeout, memory_mb) for _ in range(processes)]
+        self._workers = [_Worker(list(specs), memory_mb) for _ in range(processes)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -173,10 +173,10 @@ class RewardPool:
 class _Worker:
     """One process, started again whenever it had to be ended. Used by one thread at a time, except for `close`."""
 
-    def __init__(self, specs: list[str], timeout: float, memory_mb: int) -> None:
+    def __init__(self, specs: list[str], memory_mb: int) -> None:
         paths = [path or os.getcwd() for path in sys.path]
         self.setup: dict[str, Any] = {"specs": specs, "memory_mb": memory_mb, "sys_path": [*paths, os.getcwd()]}
-        self.timeout, self.memory_mb = timeout, memory_mb
+        self.memory_mb = memory_mb
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None
         self.closed = False
@@ -226,9 +226,7 @@ class _Worker:
                 continue
             if "error" not in self.receive(START_SECONDS):
                 return
-        raise UserError(
-            f"a batch of rewards needs more than memory_mb={self.memory_mb} before the first call: raise it"
-        )
+        raise UserError(f"reward processes with memory_mb={self.memory_mb} die of taking a batch: raise that number")
 
     def receive(self, seconds: float) -> dict[str, Any]:
         """The next reply; when there is none, {"error"} with the reason, and the process is ended."""
@@ -239,6 +237,8 @@ class _Worker:
             why = f"took more than {seconds:g} s"
         except (EOFError, OSError):
             why = self._cause_of_death()
+        if self.closed:
+            raise RuntimeError("the reward pool was closed")
         self.stop()
         return {"error": why}
 

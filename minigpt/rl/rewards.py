@@ -199,7 +199,7 @@ def _import_module(name: str, where: str) -> ModuleType:
         if error.name is None or not f"{where}.".startswith(f"{error.name}."):
             raise _import_failed(name, error) from None  # the module is there, what it imports is not
         parent, _, wanted = error.name.rpartition(".")
-        folders = sys.modules[parent].__path__ if parent else [os.getcwd()]
+        folders = getattr(sys.modules.get(parent), "__path__", []) if parent else [os.getcwd()]
         hint = did_you_mean(wanted, [module.name for module in pkgutil.iter_modules(folders)])
         raise UserError(
             f"the reward {name}: there is no module {error.name!r}{hint}; "
@@ -235,7 +235,7 @@ def _import_failed(name: str, error: BaseException) -> UserError:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in at most 300 printable characters, with the place in the source where it was raised."""
+    """An exception in one line that can be printed, with the place in the source where it was raised."""
     try:
         said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     except Exception:  # its __str__ is somebody's code too
@@ -243,6 +243,7 @@ def describe(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    place = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace is not None else ""
+    file = trace.tb_frame.f_code.co_filename if trace is not None else "<unknown>"
+    place = "" if trace is None or file.startswith("<") else f" ({Path(file).name}:{trace.tb_lineno})"
     printable = said[:1000].encode("utf-8", "backslashreplace").decode()
-    return " ".join(printable.split())[:250] + place[:50]
+    return " ".join(printable.split())[:250] + place
