@@ -77,7 +77,7 @@ def _start_private(num_cpus: int | None) -> None:
     # In the environment, Ray's processes inherit the token and no other user can read it.
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    _use_token()
+    use_token()
     ray.init(
         "local",
         num_cpus=num_cpus,
@@ -94,7 +94,7 @@ def _join(address: str) -> None:
         )
     if address != "auto":
         _probe(address)
-    _use_token()
+    use_token()
     try:
         ray.init(address, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -115,7 +115,7 @@ def _probe(address: str) -> None:
         ) from None
 
 
-def _use_token() -> None:
+def use_token() -> None:
     """Switch token authentication on. Ray read the environment when it was imported, and looks again only if told."""
     os.environ["RAY_AUTH_MODE"] = "token"
     Config.initialize("")
