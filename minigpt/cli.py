@@ -64,6 +64,8 @@ VERBS: dict[str, Verb] = {
     "train reason": _train("train_reason", "ReasonOptions", "teach a fine-tuned model to think before it answers"),
     "train dpo": _train("train_dpo", "DPOOptions", "tune a model on pairs of a better and a worse answer"),
     "train reward": _train("train_reward", "RewardOptions", "learn from such pairs how good an answer is"),
+    "train grpo": _train("train_grpo", "GRPOOptions", "improve a model by rewards for its answers, within groups"),
+    "train ppo": _train("train_ppo", "PPOOptions", "improve a model by rewards for its answers, with a critic"),
     "chat": Verb("minigpt.generation.chat:chat", "minigpt.generation.chat:ChatOptions", "talk to a model", True),
     "serve": Verb(
         "minigpt.serve.command:serve",

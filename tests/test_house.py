@@ -30,8 +30,16 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"minigpt.dataset", "minigpt.model", "minigpt.observe"},
         {"minigpt.evaluation", "minigpt.generation", "data_prep"},
     ),
+    "minigpt.rl": (
+        {
+            *("minigpt.trainer", "minigpt.generation", "minigpt.evaluation"),
+            *("minigpt.model", "minigpt.dataset", "minigpt.observe"),
+        },
+        set(),
+    ),
     "data_prep": ({"minigpt.dataset"}, set()),
 }
+RL_STAGES = {"minigpt.trainer.train_ppo", "minigpt.trainer.train_grpo"}  # they lie with the other stages
 EXCEPTIONS = {("minigpt.model", "MiniGPT.generate", "minigpt.generation")}
 
 
@@ -51,6 +59,8 @@ class Import:
 
 def area_of(module: str) -> str:
     """`minigpt.model.hf` → `minigpt.model`; `data_prep.pack` → `data_prep`."""
+    if module in RL_STAGES:
+        return "minigpt.rl"
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "minigpt" else parts[0]
 

@@ -255,8 +255,8 @@ def heldout_aspect(name: str, known: Aspect, lang: Lang, form: int) -> Record:
     }
 
 
-def heldout_sum(problem: Sum, lang: Lang, stream: Stream) -> Record:
-    """A sum whose operands were never met together."""
+def sum_record(problem: Sum, lang: Lang, stream: Stream) -> Record:
+    """The question for a sum, with what a verifier needs."""
     meta = {"kind": "sum", "lang": lang, "a": problem.a, "b": problem.b}
     return {
         "messages": [user(problem.question(lang, stream.below(4)))],

@@ -15,8 +15,8 @@ from data_prep.microworld.chats import (
     conversation,
     heldout_aspect,
     heldout_fact,
-    heldout_sum,
     persona_conversation,
+    sum_record,
 )
 from data_prep.microworld.identity import all_aspects, heldout_wordings, self_portrait, trained_aspects
 from data_prep.microworld.phrases import QUESTIONS
@@ -46,6 +46,7 @@ class Size:
     conversations: int
     reasoning: int
     persona: int
+    prompts: int
     heldout_qa: int
     heldout_sums: int
     heldout_stories: int
@@ -58,6 +59,7 @@ SIZES = {
         conversations=120,
         reasoning=80,
         persona=40,
+        prompts=40,
         heldout_qa=24,
         heldout_sums=24,
         heldout_stories=8,
@@ -68,6 +70,7 @@ SIZES = {
         conversations=1_900,
         reasoning=1_500,
         persona=600,
+        prompts=1_000,
         heldout_qa=200,
         heldout_sums=200,
         heldout_stories=32,
@@ -78,6 +81,7 @@ SIZES = {
         conversations=11_000,
         reasoning=11_000,
         persona=3_000,
+        prompts=2_000,
         heldout_qa=200,
         heldout_sums=200,
         heldout_stories=64,
@@ -107,7 +111,8 @@ def write_microworld(folder: Path, options: MicroWorldOptions | None = None) -> 
 
     Returns:
         The file of each part: `pretrain` ({"text"}), `sft`, `reason` and `persona` ({"messages"}), `heldout_stories`
-        ({"text"}), and `heldout_qa` and `heldout_sums` (prompt records: {"messages", "answer", "verifier", "meta"}).
+        ({"text"}), and `prompt`, `heldout_qa` and `heldout_sums` (prompt records: {"messages", "answer", "verifier",
+        "meta"}).
 
     Raises:
         UserError: when the size is unknown.
@@ -122,6 +127,7 @@ def write_microworld(folder: Path, options: MicroWorldOptions | None = None) -> 
         "sft": source.conversations(),
         "reason": source.reasoning(),
         "persona": source.persona(),
+        "prompt": source.prompts(),
         "heldout_stories": source.heldout_stories(),
         "heldout_qa": source.heldout_qa(),
         "heldout_sums": source.heldout_sums(),
@@ -202,6 +208,12 @@ class Source:
         for i in range(self.size.persona):
             yield persona_conversation(self.training, Stream(self.seed, "persona", i))
 
+    def prompts(self) -> Iterator[Record]:
+        """Sums of trained operands, asked without their answer being shown: what reinforcement learning samples for."""
+        for i in range(self.size.prompts):
+            stream = Stream(self.seed, "prompt", i)
+            yield sum_record(draw_sum(self.seed, stream), stream.choice(LANGS), stream)
+
     def heldout_stories(self) -> Iterator[Record]:
         """Stories of (plot, hero) pairs that pretraining never saw, in both languages by turns."""
         for i in range(self.size.heldout_stories):
@@ -234,6 +246,6 @@ class Source:
             if problem in seen:
                 continue
             seen.add(problem)
-            yield heldout_sum(problem, stream.choice(LANGS), stream)
+            yield sum_record(problem, stream.choice(LANGS), stream)
             if len(seen) == self.size.heldout_sums:
                 return

@@ -77,62 +77,91 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def linear_log_probs(x_NE: torch.Tensor, weight_VE: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """log softmax(weight · x_n)[labels_n] for every n, without all logits in memory.
+def linear_log_probs(
+    x_NE: torch.Tensor, weight_VE: torch.Tensor, labels_N: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """log softmax(weight · x_n / temperature)[labels_n] for every n, without all logits in memory.
 
     Args:
         x_NE: hidden states.
         weight_VE: the output layer.
         labels_N: int64; negative: no label. Such a position has log-probability 0 and exactly zero gradient, whatever
             it holds.
+        temperature: the logits are divided by it.
 
     Returns:
         float32 [N] (float64 for float64 input), in nats. The softmax is computed in that precision too.
     """
-    return _LinearLogProbs.apply(x_NE, weight_VE, labels_N)
+    return _LinearLogProbs.apply(x_NE, weight_VE, labels_N, temperature, False)[0]
+
+
+def linear_log_probs_and_entropy(
+    x_NE: torch.Tensor, weight_VE: torch.Tensor, labels_N: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_log_probs`, and the entropy −Σ p log p of each distribution [N], 0 where there is no label."""
+    return _LinearLogProbs.apply(x_NE, weight_VE, labels_N, temperature, True)
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_NE, weight_VE, labels_N):
+    def forward(ctx, x_NE, weight_VE, labels_N, temperature, with_entropy):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         accumulate = torch.float64 if x_NE.dtype == torch.float64 else torch.float32
         chunk = max(1, _CHUNK_ELEMENTS // weight_VE.shape[0])
-        log_probs, log_normalisers, grad_x = [], [], []
+        keeps_gradient = needs_x and not needs_weight and not with_entropy
+        log_probs, log_normalisers, entropies, grad_x = [], [], [], []
         for x, label in zip(x_NE.split(chunk), labels_N.split(chunk), strict=True):
             has_label, label = label >= 0, label.clamp_min(0)
-            logits = (torch.where(has_label[:, None], x, 0.0) @ weight_VE.T).to(accumulate)
+            logits = (torch.where(has_label[:, None], x, 0.0) @ weight_VE.T).to(accumulate) / temperature
             log_z = logits.logsumexp(-1)
             log_probs.append(torch.where(has_label, logits.gather(1, label[:, None])[:, 0] - log_z, 0.0))
             log_normalisers.append(log_z)
-            if needs_x and not needs_weight:  # a row's gradient is upstream times this: no logits are needed again
-                grad_logits = _log_prob_gradient(logits, log_z, label) * has_label[:, None]
+            if with_entropy:  # H = log z − Σ p · logit
+                mean_logit = ((logits - log_z[:, None]).exp() * logits).sum(-1)
+                entropies.append(torch.where(has_label, log_z - mean_logit, 0.0))
+            if keeps_gradient:  # a row's gradient is upstream times this: no logits are needed again
+                grad_logits = _log_prob_gradient(logits, log_z, label) * has_label[:, None] / temperature
                 grad_x.append(grad_logits.to(x.dtype) @ weight_VE)
-        ctx.chunk = chunk
-        if needs_weight:
-            ctx.save_for_backward(x_NE, weight_VE, labels_N, torch.cat(log_normalisers))
+        ctx.chunk, ctx.temperature, ctx.keeps_gradient = chunk, temperature, keeps_gradient
+        entropy_N = torch.cat(entropies) if with_entropy else torch.zeros(())
+        if keeps_gradient:
+            ctx.save_for_backward(torch.cat(grad_x), None, labels_N, None, None)
         else:
-            ctx.save_for_backward(torch.cat(grad_x) if needs_x else None, None, labels_N, None)
-        return torch.cat(log_probs)
+            ctx.save_for_backward(
+                x_NE, weight_VE, labels_N, torch.cat(log_normalisers), entropy_N if with_entropy else None
+            )
+        return torch.cat(log_probs), entropy_N
 
     @staticmethod
-    def backward(ctx, grad_N):
-        x_NE, weight_VE, labels_N, log_z_N = ctx.saved_tensors
-        if weight_VE is None:  # what was saved is the gradient with respect to x
-            return x_NE * torch.where(labels_N >= 0, grad_N, 0.0)[:, None].to(x_NE.dtype), None, None
+    def backward(ctx, grad_N, grad_entropy_N):
+        x_NE, weight_VE, labels_N, log_z_N, entropy_N = ctx.saved_tensors
+        if ctx.keeps_gradient:  # what was saved is the gradient with respect to x
+            return x_NE * torch.where(labels_N >= 0, grad_N, 0.0)[:, None].to(x_NE.dtype), None, None, None, None
+        if entropy_N is None:
+            entropy_N = grad_entropy_N = torch.zeros_like(log_z_N)
         grad_weight = torch.zeros(weight_VE.shape, dtype=log_z_N.dtype, device=x_NE.device)
         grad_x = []
-        pieces = (t.split(ctx.chunk) for t in (x_NE, labels_N, log_z_N, grad_N))
-        for x, label, log_z, grad in zip(*pieces, strict=True):
+        pieces = (t.split(ctx.chunk) for t in (x_NE, labels_N, log_z_N, grad_N, entropy_N, grad_entropy_N))
+        for x, label, log_z, grad, entropy, grad_entropy in zip(*pieces, strict=True):
             has_label, label = label >= 0, label.clamp_min(0)
             x = torch.where(has_label[:, None], x, 0.0)
-            logits = (x @ weight_VE.T).to(log_z.dtype)
-            upstream = torch.where(has_label, grad, 0.0)[:, None]
-            grad_logits = (_log_prob_gradient(logits, log_z, label) * upstream).to(x.dtype)
+            log_p = (x @ weight_VE.T).to(log_z.dtype) / ctx.temperature - log_z[:, None]
+            is_label = torch.arange(log_p.shape[1], device=x.device) == label[:, None]
+            # d log p_label / d logits = label − p;  dH / d logits = −p (log p + H)
+            inner = grad[:, None] + grad_entropy[:, None] * (log_p + entropy[:, None])
+            grad_logits = torch.where(has_label[:, None], is_label * grad[:, None] - log_p.exp() * inner, 0.0)
+            grad_logits = (grad_logits / ctx.temperature).to(x.dtype)
             if ctx.needs_input_grad[0]:
                 grad_x.append(grad_logits @ weight_VE)
-            grad_weight += grad_logits.T @ x
-        return torch.cat(grad_x) if grad_x else None, grad_weight.to(weight_VE.dtype), None
+            if ctx.needs_input_grad[1]:
+                grad_weight += grad_logits.T @ x
+        return (
+            torch.cat(grad_x) if grad_x else None,
+            grad_weight.to(weight_VE.dtype) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+            None,
+        )
 
 
 def _log_prob_gradient(logits: torch.Tensor, log_z: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

@@ -166,10 +166,12 @@ class LoRA(nn.Linear):
 class LoRAHead(LoRA):
     """An output layer with adapters; with labels it returns what `LMHead` does."""
 
-    def forward(self, x_BTE, labels_BT=None, weights_BT=None, reduction: str = "sum") -> torch.Tensor:
+    def forward(  # type: ignore[override]  # with labels it is more than a linear layer
+        self, x_BTE, labels_BT=None, *judgement: Any, **options: Any
+    ) -> Any:
         if labels_BT is None:
             return super().forward(x_BTE)
-        return judge_labels(self.adapted_weight(), x_BTE, labels_BT, weights_BT, reduction)
+        return judge_labels(self.adapted_weight(), x_BTE, labels_BT, *judgement, **options)
 
 
 class _LowRankLinear(torch.autograd.Function):

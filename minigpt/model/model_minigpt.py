@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionPattern, attention, cached_pattern, packed_pattern
-from .cross_entropy import linear_cross_entropy, linear_log_probs
+from .cross_entropy import linear_cross_entropy, linear_log_probs, linear_log_probs_and_entropy
 from .kv_cache import KVCache
 
 
@@ -92,11 +92,13 @@ class MiniGPTOutput(NamedTuple):
         loss_sum: float32 scalar, the sum of weight · cross-entropy over the labelled positions, in nats. A sum, not a
             mean: only the caller knows the weight of the whole global batch that it is to be divided by.
         log_probs: float32 [B, T], of each label, in nats; 0 where there is none.
+        entropy: float32 [B, T], of the distribution that each label is from; 0 where there is none.
     """
 
     logits: torch.Tensor | None = None
     loss_sum: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -286,16 +288,24 @@ class LMHead(nn.Linear):
     They are computed here and not by the caller because under ZeRO-3 a weight exists only while its own module runs.
     """
 
-    def forward(self, x_BTE, labels_BT=None, weights_BT=None, reduction: str = "sum") -> torch.Tensor:
+    def forward(  # type: ignore[override]  # with labels it is more than a linear layer
+        self, x_BTE, labels_BT=None, *judgement: Any, **options: Any
+    ) -> Any:
         if labels_BT is None:
             return super().forward(x_BTE)
-        return judge_labels(self.weight, x_BTE, labels_BT, weights_BT, reduction)
+        return judge_labels(self.weight, x_BTE, labels_BT, *judgement, **options)
 
 
-def judge_labels(weight_VE, x_BTE, labels_BT, weights_BT=None, reduction: str = "sum") -> torch.Tensor:
-    """What an output layer makes of labels: their summed loss, or the log-probability of each one."""
-    if reduction == "none":
-        return linear_log_probs(x_BTE.flatten(0, 1), weight_VE, labels_BT.flatten()).view(labels_BT.shape)
+def judge_labels(
+    weight_VE, x_BTE, labels_BT, weights_BT=None, reduction: str = "sum", temperature: float = 1.0
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """What an output layer makes of labels: their summed loss, or the log-probability of each one (and the entropy)."""
+    if reduction != "sum":
+        arguments = x_BTE.flatten(0, 1), weight_VE, labels_BT.flatten(), temperature
+        if reduction == "none":
+            return linear_log_probs(*arguments).view(labels_BT.shape)
+        log_probs_N, entropy_N = linear_log_probs_and_entropy(*arguments)
+        return log_probs_N.view(labels_BT.shape), entropy_N.view(labels_BT.shape)
     if weights_BT is None:
         weights_BT = torch.ones_like(labels_BT, dtype=torch.float32)
     return linear_cross_entropy(x_BTE.flatten(0, 1), weight_VE, labels_BT.flatten(), weights_BT.flatten())
@@ -337,6 +347,7 @@ class MiniGPT(DecoderModel):
         kv_cache: KVCache | None = None,
         cu_seqlens: torch.Tensor | None = None,
         reduction: str = "sum",
+        temperature: float = 1.0,
     ) -> MiniGPTOutput:
         """Logits of every position or, when `labels` are given, what the labels cost, without the logits in memory.
 
@@ -349,16 +360,21 @@ class MiniGPT(DecoderModel):
             weights: float32 [B, T], weight of each label. Default: 1.
             kv_cache: the tokens are new; they are written at `position_ids` of their rows and see what lies before.
             cu_seqlens: int32, boundaries of the documents in the flattened batch, when known (varlen attention).
-            reduction: "sum": the weighted loss of all labels; "none": the log-probability of each label, unweighted.
+            reduction: "sum": the weighted loss of all labels; "none": the log-probability of each label, unweighted;
+                "entropy": that, and the entropy of the distribution that it is from.
+            temperature: log-probabilities and entropy are those of the logits divided by it.
 
         Returns:
-            MiniGPTOutput with `logits` [B, T, V], or with `loss_sum`, or with `log_probs` [B, T].
+            MiniGPTOutput with `logits` [B, T, V], or with `loss_sum`, or with `log_probs` (and `entropy`) [B, T].
         """
         x_BTE = self.hidden_states(input_ids, position_ids, document_ids, kv_cache, cu_seqlens)
         if labels is None:
             return MiniGPTOutput(logits=self.lm_head(x_BTE))
         if reduction == "none":
-            return MiniGPTOutput(log_probs=self.lm_head(x_BTE, labels, reduction="none"))
+            return MiniGPTOutput(log_probs=self.lm_head(x_BTE, labels, reduction="none", temperature=temperature))
+        if reduction == "entropy":
+            log_probs, entropy = self.lm_head(x_BTE, labels, reduction="entropy", temperature=temperature)
+            return MiniGPTOutput(log_probs=log_probs, entropy=entropy)
         return MiniGPTOutput(loss_sum=self.lm_head(x_BTE, labels, weights))
 
     @torch.no_grad()

@@ -148,7 +148,7 @@ class Trainer:
         self._resume()
         run.start(self._description(dtype), self.total_steps, self.progress.step, self.processes.device, dtype)
         try:
-            with _GracefulStop() as stop:
+            with GracefulStop() as stop:
                 self._steps(stop)
             if self.progress.validated_step != self.total_steps:
                 self.validate()
@@ -192,7 +192,7 @@ class Trainer:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def _steps(self, stop: _GracefulStop) -> None:
+    def _steps(self, stop: GracefulStop) -> None:
         options, progress = self.options, self.progress
         batches = _prefetch(self._step_batches(), self.tensors, self.stage.statistics)
         nan_steps = 0
@@ -418,7 +418,7 @@ def _memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-class _GracefulStop:
+class GracefulStop:
     """SIGTERM and Ctrl-C end the run after the current step, with a checkpoint; the same once more ends it at once.
 
     (The same: at a Ctrl-C under the launcher a process gets the terminal's SIGINT and the launcher's SIGTERM.)
@@ -432,7 +432,7 @@ class _GracefulStop:
     def asked(self) -> bool:
         return self.signal_number != 0
 
-    def __enter__(self) -> _GracefulStop:
+    def __enter__(self) -> GracefulStop:
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._previous[number] = signal.signal(number, self._note)

@@ -22,7 +22,10 @@ from .stage import Stage
 
 SUMMARY = "summary.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "pyarrow")
-OURS = ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", SUMMARY, "hf", "report", "report.md")
+OURS = (
+    *("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", SUMMARY, "hf", "report", "report.md"),
+    *("critic", "heldout"),  # of reinforcement learning
+)
 
 # Options that may differ when a run goes on: they change how fast or how far it runs, not what it computes.
 FREE_TO_CHANGE = {

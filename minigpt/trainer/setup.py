@@ -238,7 +238,7 @@ def _load_init(init: Path, data: PackedDataset) -> MiniGPT:
             f"the data in {data.folder} was packed with another tokenizer than that of {init}: "
             f"pack it again with --tokenizer {folder}"
         )
-    model = MiniGPT.from_pretrained(folder)
+    model = load_masters(init)
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f"the data's tokenizer has {data.vocab_size} entries, {init} only {model.config.vocab_size}")
     if data.seq_len > model.config.max_position_embeddings:
@@ -246,6 +246,13 @@ def _load_init(init: Path, data: PackedDataset) -> MiniGPT:
             f"rows of {data.seq_len} tokens are longer than {init} was made for "
             f"({model.config.max_position_embeddings}); pack the data with a smaller --seq_len"
         )
+    return model
+
+
+def load_masters(init: Path) -> MiniGPT:
+    """The model of a run with its float32 masters, or of a Hugging Face folder."""
+    folder = model_folder(init)
+    model = MiniGPT.from_pretrained(folder)
     files = [path for path in init.glob("*.pth") if not path.name.startswith("lora_")]  # those hold an adapter only
     masters = sorted(files, key=lambda path: path.stat().st_mtime) if folder != init else []
     if masters:

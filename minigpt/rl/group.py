@@ -1,0 +1,178 @@
+"""Groups of Ray actors: N workers of a role, placed as the layout says, called together.
+
+Every wait has a time limit and a name, and a dead worker is a `WorkerDied` that says which one it was and what it said
+last; nothing hangs without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from minigpt.errors import UserError
+
+from .layout import Bundle, Layout
+
+
+class WorkerDied(Exception):
+    """A worker's process ended.
+
+    Attributes:
+        role, rank: Which worker's.
+    """
+
+    def __init__(self, role: str, rank: int, why: str) -> None:
+        super().__init__(f"{role} worker {rank} died: {why}")
+        self.role, self.rank = role, rank
+
+
+class WorkerGroup:
+    """The workers of a role.
+
+    Args:
+        worker: Their class.
+        role: Its name in the layout.
+        layout: How many there are, and what each needs.
+        bundles: The bundles of the placement group.
+        placement: The placement group.
+        arguments: Of the class, behind `rank`, `world_size` and `threads`.
+        timeout: Seconds after which a call counts as hung.
+    """
+
+    def __init__(
+        self,
+        worker: type,
+        role: str,
+        layout: Layout,
+        bundles: list[Bundle],
+        placement: PlacementGroup,
+        arguments: tuple[Any, ...],
+        timeout: float,
+    ) -> None:
+        self.role, self.timeout = role, timeout
+        self.needs = layout[role]
+        self._worker, self._arguments, self._placement = worker, arguments, placement
+        self._bundle_of = {rank: i for i, b in enumerate(bundles) for name, rank in b.workers if name == role}
+        self.workers = [self._start(rank) for rank in range(self.needs.workers)]
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def _start(self, rank: int) -> Any:
+        where = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=self._bundle_of[rank])
+        options = {
+            "num_cpus": self.needs.cpus,
+            "num_gpus": self.needs.gpus,
+            "scheduling_strategy": where,
+            "max_restarts": 0,  # an actor that Ray restarts is an empty one
+            "max_task_retries": 0,  # and a call that it repeats runs twice
+        }
+        actor: Any = ray.remote(self._worker).options(**options)
+        return actor.remote(rank, self.needs.workers, self.needs.threads, *self._arguments)
+
+    def restart(self, rank: int) -> None:
+        """A new worker in the place of a dead one; it knows nothing but what it was constructed with."""
+        ray.kill(self.workers[rank])
+        self.workers[rank] = self._start(rank)
+
+    def all(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
+        """Call a method on all workers at the same time; returns references, one a worker."""
+        return [getattr(worker, method).remote(*arguments) for worker in self.workers]
+
+    def each(self, method: str, arguments: Sequence[Any]) -> list[ray.ObjectRef]:
+        """Call a method on each worker with an argument of its own."""
+        return [getattr(w, method).remote(a) for w, a in zip(self.workers, arguments, strict=True)]
+
+    def one(self, rank: int, method: str, *arguments: Any) -> ray.ObjectRef:
+        """Call a method on one worker."""
+        return getattr(self.workers[rank], method).remote(*arguments)
+
+    def wait(self, references: Sequence[ray.ObjectRef], what: str) -> list[Any]:
+        """The results of `all` or `each`, in order.
+
+        Errors: WorkerDied; UserError when the time is up or a worker raised one; what else a worker raised.
+        """
+        pending, ranks = list(references), {ref: rank for rank, ref in enumerate(references)}
+        ready, unready = ray.wait(pending, num_returns=len(pending), timeout=0)
+        while unready and not any(self._failed(ref) for ref in ready):
+            ready, unready = ray.wait(pending, num_returns=len(ready) + 1, timeout=self.timeout)
+            if len(ready) + len(unready) == len(pending) and not ready:
+                break
+        for ref in [*ready, *unready]:  # what failed is reported before what waits for it
+            self.result(ref, ranks[ref], what)
+        return [self.result(ref, ranks[ref], what) for ref in references]
+
+    @staticmethod
+    def _failed(reference: ray.ObjectRef) -> bool:
+        try:
+            ray.get(reference, timeout=0)
+        except GetTimeoutError:
+            return False
+        except Exception:
+            return True
+        return False
+
+    def result(self, reference: ray.ObjectRef, rank: int, what: str) -> Any:
+        """One result; errors as in `wait`."""
+        try:
+            return ray.get(reference, timeout=self.timeout)
+        except GetTimeoutError:
+            raise UserError(
+                f"{self.role} worker {rank} did not finish to {what} within {self.timeout:g} s; if it is only slow, "
+                "raise --timeout; the run goes on from its last checkpoint"
+            ) from None
+        except (ActorDiedError, ActorUnavailableError, RayActorError) as error:
+            raise WorkerDied(self.role, rank, _last_words(error)) from error
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, (UserError, ValueError, RayActorError)):
+                raise cause from error
+            raise
+
+    def kill(self) -> None:
+        """End all workers."""
+        for worker in self.workers:
+            ray.kill(worker)
+
+
+def _last_words(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "rror" in line and "RayActorError" not in line), lines[0] if lines else "?")
+
+
+def place(bundles: list[Bundle], seconds: float) -> PlacementGroup:
+    """Reserve the bundles, on as few nodes as possible. What the cluster has must have been checked before.
+
+    Errors: UserError when they are taken by others for too long.
+    """
+    group = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
+    if not group.wait(seconds):
+        remove_placement_group(group)
+        wanted = ", ".join(f"{bundle.resources} for {bundle.workers}" for bundle in bundles)
+        raise UserError(f"the cluster has no room now for {wanted}: other jobs hold it; wait for them or end them")
+    return group
+
+
+def own_address() -> tuple[str, int]:
+    """This node's address and a free port on it, for ranks to meet at."""
+    import socket
+
+    host = ray.util.get_node_ip_address()
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return host, listener.getsockname()[1]
+
+
+def join_environment(rank: int, world_size: int, address: tuple[str, int] | None) -> None:
+    """What `init_processes` reads of a rank that meets others at `address`; alone without one."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+    if address is not None and world_size > 1:
+        os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))

@@ -1,0 +1,147 @@
+"""Which role runs where: layouts as data.
+
+A layout says for each role how many workers it has and what each of them needs. Roles that share a device name each
+other (`beside`); their shares of a GPU are fractions. The same loop runs on a laptop without a GPU, with all models on
+one GPU, or with each role on GPUs of its own on several nodes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt.errors import UserError
+
+ROLES = ("policy", "critic", "reference", "reward", "rollout")
+NAMED = ("laptop", "colocate", "split")
+
+
+@dataclass(frozen=True)
+class Role:
+    """What the workers of a role need.
+
+    Attributes:
+        workers: How many there are. Those of the policy and of the critic are ranks of one DeepSpeed engine.
+        gpus: Of each worker; a fraction when it shares one.
+        cpus: Of each worker, as Ray counts them (they are reserved, not enforced).
+        threads: CPU threads that each worker computes with; 0: all cores of its node.
+        beside: The role on whose worker of the same number's device this one's runs.
+    """
+
+    workers: int = 1
+    gpus: float = 0.0
+    cpus: float = 0.1
+    threads: int = 0
+    beside: str | None = None
+
+
+Layout = dict[str, Role]
+
+
+def laptop() -> Layout:
+    """Everything on the CPUs of one machine, taking turns."""
+    return {role: Role() for role in ROLES}
+
+
+def colocate(gpus: int) -> Layout:
+    """A worker of every role on each GPU, taking turns."""
+    share = 1 / len(ROLES)
+    return {role: Role(gpus, share, 1.0, beside=None if role == "policy" else "policy") for role in ROLES}
+
+
+def split(gpus: int) -> Layout:
+    """Half of the GPUs sample, the others train; reference, critic and reward models sit beside the policy."""
+    sampling = max(1, gpus // 2)
+    training = max(1, gpus - sampling)
+    beside = {role: Role(training, 0.25, 1.0, beside="policy") for role in ("critic", "reference", "reward")}
+    return {"policy": Role(training, 0.25, 1.0), **beside, "rollout": Role(sampling, 1.0, 1.0)}
+
+
+def choose_layout(name: str, gpus: int) -> Layout:
+    """A named layout for so many GPUs, or the one in a YAML file.
+
+    Args:
+        name: auto, laptop, colocate, split, or the path of a YAML file: a mapping from role to the fields of `Role`;
+            roles that are left out are as in `laptop`.
+        gpus: Of the whole cluster.
+
+    Errors: UserError for unknown names, roles and fields, and for counts that cannot be.
+    """
+    if name == "auto":
+        name = "laptop" if gpus == 0 else "colocate" if gpus == 1 else "split"
+    if name == "laptop":
+        return laptop()
+    if name in ("colocate", "split"):
+        if gpus < (2 if name == "split" else 1):
+            raise UserError(
+                f"--layout {name} needs {'two GPUs' if name == 'split' else 'a GPU'}, the cluster has {gpus}"
+            )
+        return colocate(gpus) if name == "colocate" else split(gpus)
+    return _read(Path(name))
+
+
+def _read(path: Path) -> Layout:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--layout {path} is neither a file nor one of {', '.join(('auto', *NAMED))}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--layout {path} cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no layout: it must name roles ({', '.join(ROLES)})")
+    layout = laptop()
+    fields = {field.name for field in dataclasses.fields(Role)}
+    for role, values in content.items():
+        if role not in ROLES:
+            raise UserError(f"{path}: there is no role {role!r}; the roles are {', '.join(ROLES)}")
+        unknown = sorted(set(values or {}) - fields) if isinstance(values, dict) or values is None else ["?"]
+        if unknown:
+            raise UserError(f"{path}: {role} takes {', '.join(sorted(fields))}, not {unknown[0]!r}")
+        layout[role] = Role(**(values or {}))
+    for role, needs in layout.items():
+        if not (isinstance(needs.workers, int) and needs.workers >= 1 and needs.gpus >= 0 and needs.cpus >= 0):
+            raise UserError(f"{path}: {role} needs workers of at least 1, and gpus and cpus of at least 0")
+        host = layout.get(needs.beside) if needs.beside else None
+        if needs.beside and (host is None or host.beside or host.workers < needs.workers):
+            raise UserError(
+                f"{path}: {role} is to run beside {needs.beside}, which must be a role with at least as many workers "
+                "and a place of its own"
+            )
+    return layout
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Resources on one node, and the workers (role, rank) that share them."""
+
+    resources: dict[str, float]
+    workers: list[tuple[str, int]]
+
+    @property
+    def roles(self) -> str:
+        """In words, for messages."""
+        return " + ".join(dict.fromkeys(role for role, _ in self.workers))
+
+
+def bundles(layout: Layout, roles: list[str]) -> list[Bundle]:
+    """The bundles of a placement group for the roles that a run has."""
+    placed: dict[tuple[str, int], Bundle] = {}
+    found: list[Bundle] = []
+    for role in sorted(roles, key=lambda name: layout[name].beside is not None):
+        needs = layout[role]
+        for rank in range(needs.workers):
+            bundle = placed.get((needs.beside or "", rank))
+            if bundle is None:
+                bundle = Bundle({}, [])
+                found.append(bundle)
+            for resource, amount in (("CPU", needs.cpus), ("GPU", needs.gpus)):
+                if amount:
+                    bundle.resources[resource] = round(bundle.resources.get(resource, 0.0) + amount, 6)
+            bundle.workers.append((role, rank))
+            placed[role, rank] = bundle
+    for bundle in found:
+        bundle.resources.setdefault("CPU", 0.01)  # an empty bundle cannot be placed
+    return found

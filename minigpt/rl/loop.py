@@ -1,0 +1,338 @@
+"""PPO and GRPO: prompts → answers → rewards → advantages → update → new weights for the samplers.
+
+The controller reads as the algorithm. It holds no model: the roles (`roles.py`) compute on Ray actors, the formulas are
+in `algorithms.py`, and this file says what happens in which order. A version is the number of updates that weights have
+seen; answers of version v train version v (`overlap: 0`) or v + 1 (`overlap: 1`, corrected by `behaviour_cap`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from minigpt.errors import UserError
+from minigpt.generation.sampling import SamplingParams
+from minigpt.trainer.schedule import learning_rate
+
+from . import algorithms
+from .batch import RolloutBatch
+from .options import GRPOOptions, PPOOptions, RLOptions
+from .prompts import PromptSource
+from .reward_pool import RewardPool
+from .roles import Roles, Sampling
+
+EVALUATION_IDS = 1 << 40  # sample numbers that training never reaches
+
+
+@dataclass
+class Position:
+    """Where a run stands; with the engines' states this is what a checkpoint holds.
+
+    Attributes:
+        step: Steps done; also the version of the weights.
+        prompts: Prompts asked so far, those of answers that are under way not counted.
+        kl_coefficient: It moves when `kl_target` says so.
+        tokens: Answer tokens trained on.
+        seconds: Of all steps.
+        nan_steps: Skipped steps in a row.
+        first_evaluation, last_evaluation: What was measured on held-out prompts.
+    """
+
+    step: int = 0
+    prompts: int = 0
+    kl_coefficient: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    nan_steps: int = 0
+    first_evaluation: dict[str, Any] = field(default_factory=dict)
+    last_evaluation: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Experience:
+    """Answers with what they were worth.
+
+    Attributes:
+        batch: S answers; its columns come to hold everything that the update needs.
+        rewards: float32 [S].
+        metrics: Of the answers, for the log.
+    """
+
+    batch: RolloutBatch
+    rewards: np.ndarray
+    metrics: dict[str, float]
+
+
+class Loop:
+    """The algorithm.
+
+    Args:
+        options: Of the run.
+        roles: The models.
+        pool: Rule rewards; None: the reward model alone.
+        prompts: What is asked.
+        heldout: What is asked to judge; None: nothing.
+        stop_ids: What ends an answer.
+        position: Where to begin.
+    """
+
+    def __init__(
+        self,
+        options: RLOptions,
+        roles: Roles,
+        pool: RewardPool | None,
+        prompts: PromptSource,
+        heldout: PromptSource | None,
+        stop_ids: tuple[int, ...],
+        position: Position,
+    ) -> None:
+        self.options, self.roles, self.pool = options, roles, pool
+        self.prompts, self.heldout, self.position = prompts, heldout, position
+        self.stop_ids = stop_ids
+        # What is sampled from is exactly what the log-probabilities are of: no filters, no penalties
+        self.sampling = SamplingParams(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            stop_token_ids=stop_ids,
+            seed=options.seed,
+        )
+        self._coming: Sampling | None = None
+
+    # ---------------------------------------------------------------------------------------------------- one step
+
+    def step(self) -> dict[str, float]:
+        """Sample, judge, learn, publish. Returns what there is to see."""
+        o, position, roles = self.options, self.position, self.roles
+        started = time.perf_counter()
+        roles.clock.clear()
+        batch = roles.collect(self._coming or self._ask(o.prompts_per_step))
+        self._coming = self._ask(o.prompts_per_step) if o.overlap and position.step + 1 < o.max_steps else None
+        experience = self._fill_up(self._judge(batch))
+        metrics = self._learn(experience)
+        position.step += 1
+        roles.publish(position.step)
+        position.tokens += len(experience.batch.behaviour_log_probs)
+        seconds = time.perf_counter() - started
+        position.seconds += seconds
+        return {**experience.metrics, **metrics, **self._times(seconds, experience.batch)}
+
+    @property
+    def prompts_under_way(self) -> int:
+        """Prompts that were asked for the next step already: a resumed run asks them again."""
+        return 0 if self._coming is None else len(self._coming.request.prompt_lens)
+
+    def _ask(self, count: int) -> Sampling:
+        o, position = self.options, self.position
+        request = self.prompts.request(position.prompts, count, o.samples_per_prompt, self.sampling, position.step)
+        position.prompts += count
+        return self.roles.sample(request)
+
+    def _judge(self, batch: RolloutBatch) -> Experience:
+        """Rewards of the answers: rules, the reward model, the punishment of length."""
+        o = self.options
+        with self.roles.clock.phase("rewards"):
+            rewards, metrics = self._rule_rewards(batch, self.prompts)
+        if o.reward_model is not None:
+            judged = self.roles.rewards(batch)
+            metrics["reward_model"] = float(judged.mean())
+            rewards = rewards + o.reward_model_weight * judged
+        if o.overlong_buffer:
+            lengths = torch.from_numpy(batch.answer_lens)
+            rewards = rewards + algorithms.overlong_penalty(lengths, o.max_new_tokens, o.overlong_buffer).numpy()
+        return Experience(batch, rewards.astype(np.float32), metrics | self._describe(batch, rewards))
+
+    def _rule_rewards(self, batch: RolloutBatch, source: PromptSource) -> tuple[np.ndarray, dict[str, float]]:
+        if self.pool is None:
+            return np.zeros(len(batch), dtype=np.float32), {}
+        scores = self.pool.score(*source.texts(batch, self.stop_ids, self.options.max_new_tokens))
+        metrics = {f"reward_{name}": float(np.nanmean(values)) for name, values in scores.parts.items()}
+        if "accuracy" in scores.parts:
+            metrics["accuracy"] = metrics.pop("reward_accuracy")
+        if scores.failed.any():
+            metrics["reward_failures"] = float(scores.failed.sum())
+            self.roles.say(f"a reward failed and counts 0: {scores.failures[0]}")
+        return scores.rewards, metrics
+
+    def _describe(self, batch: RolloutBatch, rewards: np.ndarray) -> dict[str, float]:
+        groups = rewards.reshape(-1, self.options.samples_per_prompt)
+        return {
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std()),
+            "zero_variance_groups": float((groups.max(1) == groups.min(1)).mean()),
+            "response_length": float(batch.answer_lens.mean()),
+            "response_length_max": float(batch.answer_lens.max()),
+            "truncated": float(1 - batch.stopped.mean()),
+            "version_lag": float(self.position.step - batch.versions.min(initial=self.position.step)),
+        }
+
+    def _fill_up(self, experience: Experience) -> Experience:
+        """Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): groups of equal rewards give way to others."""
+        o = self.options
+        found = self._informative(experience)
+        for _ in range(o.dynamic_sampling):
+            missing = o.prompts_per_step - len(found.rewards) // o.samples_per_prompt
+            if not missing:
+                break
+            more = self._informative(self._judge(self.roles.collect(self._ask(missing))))
+            found = Experience(
+                RolloutBatch.concatenate([found.batch, more.batch]),
+                np.concatenate([found.rewards, more.rewards]),
+                found.metrics,
+            )
+        if not len(found.rewards):
+            return experience  # nothing to learn anywhere: a step of advantages 0
+        return found
+
+    def _informative(self, experience: Experience) -> Experience:
+        """The groups whose rewards differ; all of them without dynamic sampling."""
+        if not self.options.dynamic_sampling:
+            return experience
+        groups = experience.rewards.reshape(-1, self.options.samples_per_prompt)
+        keep = np.flatnonzero(np.repeat(groups.max(1) > groups.min(1), self.options.samples_per_prompt))
+        return Experience(experience.batch.take(keep), experience.rewards[keep], experience.metrics)
+
+    # ---------------------------------------------------------------------------------------------------- learning
+
+    def _learn(self, experience: Experience) -> dict[str, float]:
+        """Advantages, then the optimizer steps."""
+        o, position, batch = self.options, self.position, experience.batch
+        metrics: dict[str, float] = {}
+        if o.kl_coefficient > 0:
+            batch.columns["ref_log_probs"] = self.roles.reference_log_probs(batch)
+        if o.updates_per_step > 1 or o.kl_in == "reward":
+            batch.columns["old_log_probs"] = self.roles.log_probs(batch)
+        if isinstance(o, PPOOptions):
+            metrics |= self._estimate_advantages(experience, o)
+        elif isinstance(o, GRPOOptions):
+            rewards = torch.from_numpy(experience.rewards)
+            advantages = algorithms.group_advantages(rewards, o.samples_per_prompt, o.baseline)
+            batch.columns["advantages"] = batch.spread(advantages.numpy()).astype(np.float32)
+        if isinstance(o, PPOOptions):
+            rate = self._rate(o.critic_learning_rate)
+            metrics |= self.roles.update_critic(batch, rate)
+        if not (isinstance(o, PPOOptions) and position.step < o.critic_warmup):
+            rate = self._rate(o.learning_rate)
+            metrics |= {"lr": rate, **self.roles.update_policy(batch, rate, position.kl_coefficient)}
+        self._count_nan_steps(metrics)
+        self._adapt_kl(metrics, batch)
+        return metrics
+
+    def _estimate_advantages(self, experience: Experience, o: PPOOptions) -> dict[str, float]:
+        """PPO: the KL is taken off each token's reward, the answer's reward comes with its last token, then GAE."""
+        batch = experience.batch
+        values, behind = self.roles.values(batch)
+        token_rewards, mask = batch.padded(np.zeros_like(values))
+        token_rewards[np.arange(len(batch)), batch.answer_lens - 1] = experience.rewards
+        keep = torch.from_numpy(mask)
+        metrics = {}
+        if o.kl_in == "reward" and o.kl_coefficient > 0:
+            old, reference = (
+                torch.from_numpy(batch.padded(batch.columns[f"{name}_log_probs"])[0]) for name in ("old", "ref")
+            )
+            kl = algorithms.kl_estimate(old, reference, keep, "k1").numpy()
+            token_rewards -= self.position.kl_coefficient * kl
+            metrics["kl_per_answer"] = float(kl.sum() / len(batch))
+        advantages, returns = algorithms.gae(
+            torch.from_numpy(token_rewards),
+            torch.from_numpy(batch.padded(values)[0]),
+            keep,
+            o.gamma,
+            o.lam,
+            bootstrap=torch.from_numpy(np.where(batch.stopped, 0.0, behind).astype(np.float32)),
+        )
+        flat_returns = returns[keep]
+        metrics["explained_variance"] = algorithms.explained_variance(
+            torch.from_numpy(values), flat_returns, torch.ones_like(flat_returns)
+        )
+        metrics["value_mean"] = float(values.mean())
+        if o.whiten_advantages:
+            advantages = algorithms.masked_whiten(advantages, keep)
+        batch.columns |= {"values": values, "returns": flat_returns.numpy(), "advantages": advantages[keep].numpy()}
+        return metrics
+
+    def _rate(self, peak: float) -> float:
+        o = self.options
+        return learning_rate(
+            self.position.step,
+            o.max_steps,
+            peak=peak,
+            schedule=o.schedule,
+            warmup_ratio=o.warmup_ratio,
+            min_ratio=o.min_lr_ratio,
+        )
+
+    def _adapt_kl(self, metrics: dict[str, float], batch: RolloutBatch) -> None:
+        o, position, answers = self.options, self.position, len(batch)
+        if "kl_per_answer" not in metrics and "kl" in metrics:
+            metrics["kl_per_answer"] = metrics["kl"] * len(batch.behaviour_log_probs) / answers
+        if o.kl_target is not None and "kl_per_answer" in metrics:
+            controller = algorithms.AdaptiveKL(position.kl_coefficient, o.kl_target)
+            position.kl_coefficient = controller.update(metrics["kl_per_answer"], answers)
+        if o.kl_coefficient:
+            metrics["kl_coefficient"] = position.kl_coefficient
+
+    def _count_nan_steps(self, metrics: dict[str, float]) -> None:
+        skipped = metrics.get("skipped", 0.0) + metrics.get("value_skipped", 0.0)
+        self.position.nan_steps = self.position.nan_steps + 1 if skipped else 0
+        if self.position.nan_steps >= self.options.max_nan_steps:
+            raise UserError(
+                f"the loss or a gradient was NaN or infinite in {self.position.nan_steps} steps in a row (now at step "
+                f"{self.position.step}); lower --learning_rate; the last checkpoint is untouched"
+            )
+
+    def _times(self, seconds: float, batch: RolloutBatch) -> dict[str, float]:
+        """Seconds of each phase, and what of the step neither sampled nor computed: Ray, copies, this process."""
+        clock = self.roles.clock
+        busy = sum(clock.computed.values()) + clock.waited["rewards"]
+        named = {f"seconds_{name}": value for name, value in clock.waited.items()}
+        generated = len(batch.behaviour_log_probs)
+        return {
+            **named,
+            "seconds_step": seconds,
+            "overhead": max(0.0, 1 - busy / seconds) if not self.options.overlap else math.nan,
+            "generated_tokens_per_second": generated / max(clock.computed["generate"], 1e-9),
+            "tokens_per_second": generated / seconds,
+        }
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self) -> dict[str, Any]:
+        """Greedy answers to held-out prompts: mean rewards, and the first few texts as `samples`."""
+        if self.heldout is None:
+            return {}
+        o = self.options
+        count = min(o.eval_prompts, len(self.heldout.data))
+        greedy = SamplingParams(max_new_tokens=o.max_new_tokens, temperature=0.0, stop_token_ids=self.stop_ids)
+        rows = np.arange(count, dtype=np.int64)
+        request = self.heldout.request_rows(rows, EVALUATION_IDS + rows, 1, greedy, self.position.step)
+        batch = self.roles.collect(self.roles.sample(request))
+        rewards, metrics = self._rule_rewards(batch, self.heldout)
+        if o.reward_model is not None:
+            judged = self.roles.rewards(batch)
+            metrics["reward_model"] = float(judged.mean())
+            rewards = rewards + o.reward_model_weight * judged
+        prompts, completions, references = self.heldout.texts(batch, self.stop_ids, o.max_new_tokens)
+        samples = [
+            {
+                "prompt": reference["messages"][-1]["content"],
+                "right_answer": reference["answer"],
+                "answer": ("<think>" if prompt.rstrip().endswith("<think>") else "") + completion,
+                "reward": float(reward),
+            }
+            for prompt, completion, reference, reward in list(
+                zip(prompts, completions, references, rewards, strict=True)
+            )[:4]
+        ]
+        return {
+            "reward": float(rewards.mean()),
+            **metrics,
+            "response_length": float(batch.answer_lens.mean()),
+            "truncated": float(1 - batch.stopped.mean()),
+            "prompts": count,
+            "samples": samples,
+        }

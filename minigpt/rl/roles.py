@@ -1,0 +1,229 @@
+"""All workers of a run behind one face: what the loop says is one line here and N actors there.
+
+The policy (and PPO's critic) learn, the reference (if the KL costs anything) and the reward model (if there is one)
+judge, the rollout workers sample. Where they run is the layout's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from minigpt.rl.cluster import check_resources
+
+from .batch import RolloutBatch, restore
+from .group import WorkerDied, WorkerGroup, place
+from .layout import bundles, choose_layout
+from .options import PPOOptions
+from .publish import Published
+from .request import PromptRequest
+from .workers import CriticWorker, Job, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Timed
+
+VERSIONS_KEPT = 2
+ATTEMPTS = 3  # of one request, each by a new worker
+CLASSES = {
+    "policy": PolicyWorker,
+    "critic": CriticWorker,
+    "reference": ReferenceWorker,
+    "reward": RewardWorker,
+    "rollout": RolloutWorker,
+}
+
+
+@dataclass
+class Clock:
+    """Where the time of a step went.
+
+    Attributes:
+        waited: Seconds that the controller waited, by phase.
+        computed: Seconds that the slowest worker computed, by phase.
+    """
+
+    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    computed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited[name] += time.perf_counter() - started
+
+    def clear(self) -> None:
+        """Begin with a new step."""
+        self.waited.clear()
+        self.computed.clear()
+
+
+@dataclass
+class Sampling:
+    """Answers under way: the request, and for each worker the references of its loading and its generating."""
+
+    request: PromptRequest
+    references: list[tuple[ray.ObjectRef, ray.ObjectRef]]
+
+
+class Roles:
+    """The workers of a run.
+
+    Args:
+        job: What they all know.
+        say: Shows a sentence to the person who watches.
+
+    Errors: UserError when the cluster has no room for the layout.
+    """
+
+    def __init__(self, job: Job, say: Callable[[str], None]) -> None:
+        o = job.options
+        self.job, self.say, self.clock = job, say, Clock()
+        self.has_critic = isinstance(o, PPOOptions)
+        self.has_reference = o.kl_coefficient > 0 and not o.lora_rank
+        roles = ["policy", *(["critic"] if self.has_critic else []), *(["reference"] if self.has_reference else [])]
+        roles += [*(["reward"] if o.reward_model is not None else []), "rollout"]
+        layout = choose_layout(o.layout, int(ray.cluster_resources().get("GPU", 0)))
+        needed = bundles(layout, roles)
+        check_resources(
+            [b.resources for b in needed], [" + ".join(dict.fromkeys(r for r, _ in b.workers)) for b in needed]
+        )
+        self.placement = place(needed, seconds=60.0)
+        self.groups = {
+            role: WorkerGroup(CLASSES[role], role, layout, needed, self.placement, (job,), o.timeout) for role in roles
+        }
+        self._published: dict[int, Published] = {}
+
+    def setup(self) -> dict[str, dict[str, Any]]:
+        """Load all models, side by side; returns what policy and critic say of themselves."""
+        waiting = {}
+        for role, group in self.groups.items():
+            if role in ("policy", "critic"):
+                (address,) = group.wait([group.one(0, "address")], "find a port") if len(group) > 1 else [None]
+                waiting[role] = group.all("setup", address)
+            else:
+                waiting[role] = group.all("setup")
+        found = {role: self.groups[role].wait(refs, "load its model") for role, refs in waiting.items()}
+        return {role: results[0] for role, results in found.items() if results[0] is not None}
+
+    # ---------------------------------------------------------------------------------------------------- sampling
+
+    def sample(self, request: PromptRequest) -> Sampling:
+        """Begin to answer prompts, with the weights that the request names."""
+        rollout = self.groups["rollout"]
+        return Sampling(request, [self._ask(rank, request) for rank in range(len(rollout))])
+
+    def _ask(self, rank: int, request: PromptRequest) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+        # A worker does one thing after the other: weights never change in the middle of an answer.
+        rollout = self.groups["rollout"]
+        loading = rollout.one(rank, "load", self._published[request.version])
+        return loading, rollout.one(rank, "generate", request)
+
+    def collect(self, sampling: Sampling) -> RolloutBatch:
+        """Wait for the answers; by ascending sample number. A dead worker is replaced and asked again."""
+        with self.clock.phase("generate"):
+            parts = [self._collect_one(rank, sampling) for rank in range(len(self.groups["rollout"]))]
+        self._note("generate", [part for _, part in parts])
+        self._note("load", [load for load, _ in parts])
+        batch = RolloutBatch.concatenate([part.value for _, part in parts])
+        order = np.argsort(batch.sample_ids, kind="stable")
+        return batch if (order == np.arange(len(order))).all() else batch.take(order)
+
+    def _collect_one(self, rank: int, sampling: Sampling) -> tuple[Timed[int], Timed[RolloutBatch]]:
+        rollout = self.groups["rollout"]
+        for attempt in range(ATTEMPTS):
+            loading, generating = sampling.references[rank]
+            try:
+                return rollout.result(loading, rank, "load weights"), rollout.result(generating, rank, "answer")
+            except WorkerDied as death:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                self.say(f"{death}; a new one answers the same prompts")
+                rollout.restart(rank)
+                rollout.wait([rollout.one(rank, "setup")], "load its model")
+                sampling.references[rank] = self._ask(rank, sampling.request)
+        raise AssertionError
+
+    # ---------------------------------------------------------------------------------------------------- judging
+
+    def reference_log_probs(self, batch: RolloutBatch) -> np.ndarray:
+        """log π_ref of every answer token, float32 [A]: of the reference, or of the policy without its adapter."""
+        if not self.has_reference:
+            return self._call("policy", "reference_log_probs", batch)[0]
+        return self._shared("reference", "log_probs", batch, batch.answer_lens)
+
+    def rewards(self, batch: RolloutBatch) -> np.ndarray:
+        """The reward model's judgement of every sequence, float32 [S]."""
+        return self._shared("reward", "rewards", batch, np.ones(len(batch), dtype=np.int64))
+
+    def log_probs(self, batch: RolloutBatch) -> np.ndarray:
+        """log π of every answer token by the graph that is trained, float32 [A]."""
+        return self._call("policy", "log_probs", batch)[0]
+
+    def values(self, batch: RolloutBatch) -> tuple[np.ndarray, np.ndarray]:
+        """The critic's values of every answer token [A], and behind every answer [S]."""
+        return self._call("critic", "values", batch)[0]
+
+    def _shared(self, role: str, method: str, batch: RolloutBatch, lengths: np.ndarray) -> np.ndarray:
+        parts = self._call(role, method, batch)
+        return restore([part for part, _ in parts], [values for _, values in parts], lengths)
+
+    # ---------------------------------------------------------------------------------------------------- learning
+
+    def update_policy(self, batch: RolloutBatch, learning_rate: float, kl_coefficient: float) -> dict[str, float]:
+        """The optimizer steps of the policy on a batch; what there is to see."""
+        return self._call("policy", "update", batch, learning_rate, kl_coefficient)[0]
+
+    def update_critic(self, batch: RolloutBatch, learning_rate: float) -> dict[str, float]:
+        """The optimizer steps of the critic on a batch."""
+        return self._call("critic", "update", batch, learning_rate)[0]
+
+    def publish(self, version: int) -> None:
+        """Make the policy's weights, as they are now, available to the rollout workers."""
+        self._published[version] = self._call("policy", "publish", version)[0]
+        for old in sorted(self._published)[:-VERSIONS_KEPT]:
+            del self._published[old]
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """A checkpoint of everything; the policy's, which says that it is complete, comes last."""
+        if self.has_critic:
+            self._plain("critic", "save", folder / "critic", state)
+        self._plain("policy", "save", folder, state)
+
+    def load(self, folder: Path, critic: Path | None) -> None:
+        """Go on from verified checkpoints."""
+        self._plain("policy", "load", folder)
+        if critic is not None:
+            self._plain("critic", "load", critic)
+
+    def export(self, folder: Path) -> list[str]:
+        """Write the policy's weights into the run folder."""
+        return self._plain("policy", "export", folder)[0]
+
+    def _plain(self, role: str, method: str, *arguments: Any) -> list[Any]:
+        group = self.groups[role]
+        return group.wait(group.all(method, *arguments), method)
+
+    def _call(self, role: str, method: str, *arguments: Any) -> list[Any]:
+        """The values that the workers of a role return, with the time noted; a batch crosses once."""
+        name = {"update": f"update_{role}", "log_probs": f"{role}_log_probs"}.get(method, method)
+        with self.clock.phase(name):
+            shared = [ray.put(a) if isinstance(a, RolloutBatch) else a for a in arguments]
+            results: list[Timed] = self._plain(role, method, *shared)
+        self._note(name, results)
+        return [result.value for result in results]
+
+    def _note(self, phase: str, results: list[Timed]) -> None:
+        self.clock.computed[phase] += max(result.seconds for result in results)
+
+    def close(self) -> None:
+        """End all workers and give back their place."""
+        for group in self.groups.values():
+            group.kill()
+        ray.util.remove_placement_group(self.placement)

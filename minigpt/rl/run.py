@@ -1,0 +1,288 @@
+"""A run of PPO or GRPO from its folder to its folder: set up, resume, loop, evaluate, save, export."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from minigpt.dataset.chat import ChatEncoder
+from minigpt.dataset.shards import PackedDataset, tokenizer_hash
+from minigpt.errors import UserError
+from minigpt.model.hf import load_generation_config
+from minigpt.model.model_minigpt import MiniGPT
+from minigpt.observe.hardware import describe_hardware, package_version, source_commit
+from minigpt.trainer import checkpoint
+from minigpt.trainer.engine import Processes
+from minigpt.trainer.loop import GracefulStop
+from minigpt.trainer.options import TrainOptions
+from minigpt.trainer.run import PACKAGES, SUMMARY, Run, write_text
+from minigpt.trainer.setup import Source, model_folder, prepare_data, run_to_follow
+
+from . import cluster
+from .group import WorkerDied
+from .loop import Loop, Position
+from .options import RLOptions
+from .prompts import PromptSource
+from .reward_pool import RewardPool
+from .roles import Roles
+from .workers import ROW_MULTIPLE, Job, PolicyStage
+
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
+FOLLOWS = ("reason", "dpo", "sft")
+
+
+class RLStage(PolicyStage):
+    """What a run of reinforcement learning starts from."""
+
+    packed_as = "prompt"
+    follows = FOLLOWS
+
+
+def train(options: RLOptions, name: str) -> dict[str, Any]:
+    """Run PPO or GRPO from wherever its folder stands to exported weights; returns what summary.json holds.
+
+    Args:
+        options: `GRPOOptions` or `PPOOptions`.
+        name: grpo or ppo.
+
+    Errors: UserError for everything that a person can mend.
+    """
+    stage = RLStage(name)
+    run = Run(name, options, ALONE)  # type: ignore[arg-type]  # it reads the options that both kinds have
+    if (summary := run.finished_summary()) is not None:
+        return summary
+    init = _init(stage, options)
+    run.open()
+    encoder = _encoder(init)
+    source, heldout = _prompts(stage, options, init)
+    config = MiniGPT.from_pretrained(model_folder(init)).config
+    limit = config.max_position_embeddings
+    prompts = PromptSource(source.train, encoder, options.thinking, options.seed, limit - 1)
+    judged = None if heldout is None else PromptSource(heldout, encoder, options.thinking, options.seed, limit - 1)
+    longest = max(prompts.longest, judged.longest if judged else 0) + options.max_new_tokens
+    job = Job(
+        options=options,
+        init=init.resolve(),
+        row_length=min(limit, max(256, -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE)),
+        stop_ids=_stop_ids(init, encoder),
+        tokenizer=model_folder(init).resolve(),
+        name=name,
+    )
+    pool = (
+        RewardPool(
+            options.reward,
+            processes=options.reward_processes,
+            timeout=options.reward_timeout,
+            memory_mb=options.reward_memory_mb,
+        )
+        if options.reward
+        else None
+    )
+    try:
+        cluster.connect(options.ray_address)
+        with GracefulStop() as stop:
+            for attempt in range(options.restarts + 1):
+                try:
+                    return _Attempt(run, job, source.train, prompts, judged, pool, stop).go()
+                except WorkerDied as death:
+                    run.pause()
+                    if attempt == options.restarts:
+                        raise UserError(
+                            f"{death}; the same command goes on from the last checkpoint in {options.save_dir}"
+                        ) from death
+                    run.say(f"{death}; starting its group again from the last checkpoint")
+        raise AssertionError
+    finally:
+        run.pause()
+        if pool is not None:
+            pool.close()
+        cluster.disconnect()
+
+
+class _Attempt:
+    """A run from its newest checkpoint until it is done or a trainer's worker dies."""
+
+    def __init__(
+        self,
+        run: Run,
+        job: Job,
+        data: PackedDataset,
+        prompts: PromptSource,
+        heldout: PromptSource | None,
+        pool: RewardPool | None,
+        stop: GracefulStop,
+    ) -> None:
+        self.run, self.job, self.data, self.stop = run, job, data, stop
+        self.options, self.prompts, self.heldout, self.pool = job.options, prompts, heldout, pool
+        self.network = SimpleNamespace(config=MiniGPT.from_pretrained(model_folder(job.init)).config)
+
+    def go(self) -> dict[str, Any]:
+        roles = Roles(self.job, self.run.say)
+        try:
+            self.facts = roles.setup()
+            position = self._resume(roles)
+            self.loop = Loop(self.options, roles, self.pool, self.prompts, self.heldout, self.job.stop_ids, position)
+            return self._steps(roles, position)
+        finally:
+            roles.close()
+
+    def _resume(self, roles: Roles) -> Position:
+        o = self.options
+        fresh = Position(kl_coefficient=o.kl_coefficient)
+        if o.resume == "never":
+            return fresh
+        found = checkpoint.newest_good(self.run.folder, self.run.say)
+        if found is None:
+            return fresh
+        folder, state = found
+        self.run.check_resumable(state, self.data, self.network, self._engine_identity())
+        critic = None
+        if "critic" in self.facts:
+            critic = checkpoint.checkpoint_folder(self.run.folder / "critic", state["step"])
+            checkpoint.verify(critic)
+        roles.load(folder, critic)
+        self.run.say(f"resuming from {folder} at step {state['step']} of {o.max_steps}")
+        return Position(**state["position"])
+
+    def _engine_identity(self) -> dict[str, Any]:
+        policy = self.facts["policy"]
+        return {
+            **{key: policy[key] for key in ("precision", "zero_stage", "optimizer", "frozen_hash")},
+            "trained_layout": "lora" if self.options.lora_rank else "all",
+        }
+
+    def _steps(self, roles: Roles, position: Position) -> dict[str, Any]:
+        o, run, loop = self.options, self.run, self.loop
+        policy = self.facts["policy"]
+        run.start(self._description(), o.max_steps, position.step, torch.device(policy["device"]), torch.float32)
+        roles.publish(position.step)
+        if not position.first_evaluation:
+            position.first_evaluation = self._evaluate(position)
+        metrics: dict[str, float] = {}
+        while position.step < o.max_steps:
+            metrics = loop.step()
+            last = position.step == o.max_steps
+            if position.step % o.log_interval == 0 or last or position.step == 1:
+                run.log(position.step, {"kind": "train", **metrics, "seconds": position.seconds})
+            if last or (o.eval_interval and position.step % o.eval_interval == 0):
+                position.last_evaluation = self._evaluate(position)
+            if last or (o.save_interval and position.step % o.save_interval == 0) or self.stop.asked:
+                self._save(roles, position)
+            if self.stop.asked and not last:
+                run.say(f"stopped at step {position.step}; the same command goes on from here")
+                raise SystemExit(128 + self.stop.signal_number)
+        return self._finish(roles, position, metrics)
+
+    def _evaluate(self, position: Position) -> dict[str, Any]:
+        started = time.perf_counter()
+        found = self.loop.evaluate()
+        if found:
+            numbers = {key: value for key, value in found.items() if isinstance(value, int | float)}
+            numbers["seconds_eval"] = time.perf_counter() - started
+            self.run.log(position.step, {"kind": "eval", **numbers, "tokens": position.tokens})
+        return found
+
+    def _save(self, roles: Roles, position: Position) -> None:
+        state = {
+            "step": position.step,
+            "position": {**asdict(position), "prompts": position.prompts - self.loop.prompts_under_way},
+            **self.run.identity(self.data, self.network),
+            **self._engine_identity(),
+        }
+        roles.save(self.run.folder, json.loads(json.dumps(state, default=str)))
+
+    def _finish(self, roles: Roles, position: Position, metrics: dict[str, float]) -> dict[str, Any]:
+        written = roles.export(self.run.folder)
+        first, last = position.first_evaluation, position.last_evaluation
+        summary = {
+            "stage": self.job.name,
+            "recipe": self.options.recipe,
+            "steps": position.step,
+            "tokens": position.tokens,
+            "loss": metrics.get("loss", 0.0),
+            "reward": metrics.get("reward"),
+            "before": first,
+            "after": last,
+            "seconds": position.seconds,
+            "tokens_per_second": metrics.get("tokens_per_second"),
+            "parameters": self.facts["policy"]["parameters"],
+            "vocab_size": self.network.config.vocab_size,
+            "zero_stage": self.facts["policy"]["zero_stage"],
+            "init": str(self.job.init),
+            "fingerprint": self.data.fingerprint,
+            "hardware": describe_hardware(),
+            "versions": {name: package_version(name) for name in (*PACKAGES, "ray")},
+            "commit": source_commit(),
+        }
+        write_text(self.run.folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, default=str) + "\n")
+        if first and last:
+            what = "accuracy" if "accuracy" in last else "reward"
+            self.run.say(f"held-out {what}: {first[what]:.3f} before, {last[what]:.3f} after {position.step} steps")
+        self.run.say(f"{self.job.name}: {'  and  '.join(written)}")
+        return summary
+
+    def _description(self) -> str:
+        o, policy = self.options, self.facts["policy"]
+        models = " + ".join(f"{name} ({len(group)})" for name, group in self.loop.roles.groups.items())
+        compiled = ", compiled" if policy["compiled"] else ""
+        return (
+            f"{policy['parameters'] / 1e6:.2f}M parameters (from {self.job.init}); {len(self.data):,} prompts; a step: "
+            f"{o.prompts_per_step} prompts x {o.samples_per_prompt} answers of up to {o.max_new_tokens} tokens, "
+            f"{o.updates_per_step} updates in passes of {policy['rows']} rows of {self.job.row_length} tokens; "
+            f"{policy['precision']}{compiled}, {policy['optimizer']}, ZeRO stage {policy['zero_stage']}; {models}"
+        )
+
+
+def _init(stage: RLStage, options: RLOptions) -> Path:
+    """The folder that the policy starts from."""
+    if options.deepspeed is not None and not options.deepspeed.exists():
+        raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; the shipped ones are in ds_configs/")
+    if options.init is not None:
+        model_folder(options.init)
+        return options.init
+    found = run_to_follow(stage, options.save_dir)
+    if found is None:
+        raise UserError(
+            f"{stage.name} starts from trained weights and there is no finished {' or '.join(FOLLOWS)} run beside "
+            f"{options.save_dir}: give one with --init RUN"
+        )
+    print(f"no --init: starting from the newest run beside it, {found}", flush=True)
+    return found
+
+
+def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, PackedDataset | None]:
+    """The prompts of training, and those held out."""
+    packing = TrainOptions(
+        data=options.data, save_dir=options.save_dir, init=init, seq_len=options.max_prompt_tokens, seed=options.seed
+    )
+    source = prepare_data(stage, packing, ALONE)
+    if options.eval_data is None:
+        heldout = source.valid
+    else:
+        folder = options.save_dir / "heldout"
+        valid = prepare_data(stage, replace(packing, data=options.eval_data, save_dir=folder), ALONE)
+        heldout = valid.train
+    folder = model_folder(init)
+    for data in filter(None, (source.train, heldout)):
+        if (folder / "tokenizer.json").exists() and tokenizer_hash(folder) != data.tokenizer_hash:
+            raise UserError(
+                f"the prompts in {data.folder} were packed with another tokenizer than that of {init}: "
+                f"pack them again with --tokenizer {folder}"
+            )
+    return source, heldout
+
+
+def _encoder(init: Path) -> ChatEncoder:
+    return ChatEncoder(model_folder(init))
+
+
+def _stop_ids(init: Path, encoder: ChatEncoder) -> tuple[int, ...]:
+    ends = load_generation_config(model_folder(init)).get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return tuple(dict.fromkeys([*ids, encoder.im_end_id, encoder.eos_id]))

@@ -1,0 +1,613 @@
+"""The Ray actors: policy, critic, reference, reward model, rollout.
+
+Plain classes: the controller wraps them (`group.py`), tests may call them without Ray. What they are handed by Ray is
+shared, read-only memory; nothing here writes into it. Batches come whole and every rank takes its own part, which it
+computes from the batch alone, so nothing has to be scattered and put back in order.
+
+Every method that computes returns the seconds that it computed for, so that the controller can tell what Ray costs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import ray
+import torch
+
+from minigpt.errors import UserError
+from minigpt.generation.engine import Engine as GenerationEngine
+from minigpt.model.attention import choose_backend
+from minigpt.model.model_critic import RewardModel, ValueModel
+from minigpt.model.model_lora import adapters_off
+from minigpt.model.model_minigpt import MiniGPT
+from minigpt.trainer import checkpoint
+from minigpt.trainer.adapters import AdapterStage, LoRAOptions
+from minigpt.trainer.engine import Engine, Processes, init_processes
+from minigpt.trainer.flops import training_flops
+from minigpt.trainer.loop import to_tensors
+from minigpt.trainer.options import TrainOptions
+from minigpt.trainer.setup import compile_wanted, compute_dtype, configure_torch, load_masters, model_folder
+from minigpt.trainer.stage import StageModule
+
+from .algorithms import token_weights
+from .batch import MicroBatch, RolloutBatch, micro_batches, pack_rows, partition, restore
+from .group import join_environment, own_address
+from .losses import PolicyLossTerms, policy_objective, value_objective
+from .options import PPOOptions, RLOptions
+from .publish import Bucket, Published, unpack, weight_buckets
+from .request import PromptRequest
+
+T = TypeVar("T")
+CPU_TOKENS, GPU_TOKENS = 2048, 32768  # of a forward pass, unless the options say otherwise
+ROW_MULTIPLE = 64
+
+
+@dataclass
+class Timed(Generic[T]):
+    """What a worker returns, and how long it computed."""
+
+    value: T
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker knows of the run.
+
+    Attributes:
+        options: Of the run.
+        init: The folder that the policy starts from.
+        row_length: T of packed rows: no sequence is longer.
+        stop_ids: What ends an answer.
+        tokenizer: Folder of the tokenizer.
+        name: grpo or ppo.
+    """
+
+    options: RLOptions
+    init: Path
+    row_length: int
+    stop_ids: tuple[int, ...]
+    tokenizer: Path
+    name: str
+
+    @property
+    def torch_options(self) -> LoRAOptions:
+        """The fields of a training run that mean the same here."""
+        o = self.options
+        return LoRAOptions(
+            save_dir=o.save_dir,
+            init=self.init,
+            dtype=o.dtype,
+            compile=o.compile,
+            optimizer=o.optimizer,
+            seed=o.seed,
+            threads=o.threads,
+            export_dtype=o.export_dtype,
+            lora_rank=o.lora_rank,
+            lora_alpha=o.lora_alpha,
+            lora_targets=o.lora_targets,
+        )
+
+
+class Worker:
+    """What all workers share: threads, device, precision, and how a batch becomes forward passes."""
+
+    def __init__(self, rank: int, world_size: int, threads: int, job: Job) -> None:
+        self.rank, self.world_size, self.job = rank, world_size, job
+        self.threads = threads or job.options.threads
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def ping(self) -> str:
+        """Answers once the worker is there: the node it is on."""
+        return ray.util.get_node_ip_address()
+
+    def _configure(self, processes: Processes) -> None:
+        options = self.job.torch_options
+        options.threads = self.threads
+        configure_torch(options, processes)
+        self.device = processes.device
+        self.dtype = compute_dtype(options, self.device)
+
+    def _alone(self) -> None:
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self._configure(Processes(0, 0, 1, device))
+
+    def _compiles(self, network: Any) -> bool:
+        """Whether the run is long enough for this rank's share of it to be worth compiling."""
+        o = self.job.options
+        tokens = o.max_steps * o.update_epochs * o.answers_per_step * self.job.row_length / 2 / self.world_size
+        flops = training_flops(network.config, tokens=tokens, labels=tokens, attention_pairs=0)
+        return compile_wanted(self.job.torch_options, self.device, flops)
+
+    @property
+    def _rows(self) -> int:
+        budget = self.job.options.micro_batch_tokens or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
+        return max(1, budget // self.job.row_length)
+
+    def _backend(self, compiled: bool) -> str:
+        return choose_backend(self.device, self.job.row_length, self.dtype, compiled)
+
+    def _tensors(self, part: MicroBatch, network: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        arrays = {name: part.arrays[name] for name in ("input_ids", "position_ids", "document_ids", *names)}
+        return to_tensors(arrays, self.device, network.attention_backend)
+
+
+@dataclass
+class _Window:
+    """One optimizer step of one rank."""
+
+    mine: RolloutBatch
+    part: np.ndarray  # the sequences of the batch that are mine
+    passes: list[MicroBatch]
+
+
+class TrainedWorker(Worker):
+    """A rank of a DeepSpeed engine: what policy and critic share."""
+
+    engine: Engine
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks meet; asked of rank 0."""
+        return own_address()
+
+    def _join(self, address: tuple[str, int] | None) -> Processes:
+        join_environment(self.rank, self.world_size, address)
+        processes = init_processes()
+        self._configure(processes)
+        return processes
+
+    def _make_engine(self, network: Any, loss: Callable[..., Any], processes: Processes, rate: float) -> None:
+        o = self.job.options
+        self.network = network
+        self.engine = Engine(
+            StageModule(network, loss),
+            processes,
+            dtype=self.dtype,
+            learning_rate=rate,
+            optimizer_name=o.optimizer,
+            betas=(o.beta1, o.beta2),
+            weight_decay=o.weight_decay,
+            grad_clip=o.grad_clip,
+            config=o.deepspeed,
+            compile=self._compiles(network),
+        )
+        network.attention_backend = self._backend(self.engine.compiled)
+        network.model.gradient_checkpointing = o.gradient_checkpointing
+
+    def describe(self) -> dict[str, Any]:
+        """For the line at the start of a run, and for checkpoints."""
+        return {
+            "precision": str(self.dtype).removeprefix("torch."),
+            "compiled": self.engine.compiled,
+            "zero_stage": self.engine.zero_stage,
+            "optimizer": self.engine.optimizer_name,
+            "parameters": self.network.num_parameters(),
+            "rows": self._rows,
+            "device": str(self.device),
+            "frozen_hash": self.engine.frozen_hash,
+        }
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """A checkpoint in `folder`/checkpoints; all ranks call it."""
+        checkpoint.save(self.engine, folder, state, self.job.options.keep_checkpoints)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a verified checkpoint; all ranks call it."""
+        checkpoint.load(self.engine, folder)
+
+    def _windows(self, batch: RolloutBatch, columns: dict[str, np.ndarray]) -> list[_Window]:
+        """The batch cut into optimizer steps, ranks and passes, always in the same way.
+
+        Every rank makes equally many passes, empty ones at the end if need be: under ZeRO they communicate in each.
+        """
+        found = []
+        for chosen in np.array_split(np.arange(len(batch)), self.job.options.minibatches):
+            lengths = batch.lengths[chosen]
+            parts = [chosen[part] for part in partition(lengths, self.world_size)]
+            rows = [len(pack_rows(batch.lengths[part], self.job.row_length)) for part in parts]
+            part = parts[self.rank]
+            whole = RolloutBatch(**{**batch.__dict__, "columns": columns})
+            mine = whole.take(part)
+            passes = micro_batches(
+                mine,
+                self.job.row_length,
+                self._rows,
+                mine.columns,
+                fixed_shape=self.engine.compiled,
+                at_least=-(-max(rows) // self._rows),
+            )
+            found.append(_Window(mine, part, passes))
+        return found
+
+    def _gather(self, batch: RolloutBatch, windows: list[_Window], values: list[np.ndarray]) -> np.ndarray:
+        """What each rank found for its answer tokens, on all ranks for the whole batch, float32 [A]."""
+        whole = restore([window.part for window in windows], values, batch.answer_lens)
+        return self._sum_arrays(whole)
+
+    def _sum_arrays(self, array: np.ndarray) -> np.ndarray:
+        if self.world_size == 1:
+            return array
+        tensor = torch.from_numpy(array).to(self.device)
+        torch.distributed.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def _run_passes(
+        self, batch: RolloutBatch, columns: dict[str, np.ndarray], names: Sequence[str], run: Callable[..., np.ndarray]
+    ) -> np.ndarray:
+        """Σ over windows and passes of per-token results: `run` returns [B·T]; float32 [A] on all ranks."""
+        windows = self._windows(batch, columns)
+        values = []
+        for window in windows:
+            found = np.zeros(len(window.mine.behaviour_log_probs), dtype=np.float32)
+            for one in window.passes:
+                found[one.answer_tokens] = run(self._tensors(one, self.network, names))[one.positions]
+            values.append(found)
+        return self._gather(batch, windows, values)
+
+
+class PolicyStage(AdapterStage):
+    """What the policy is (all weights, or an adapter) and what it leaves in the run folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = self.weights = name
+
+
+class PolicyWorker(TrainedWorker):
+    """The model that learns."""
+
+    def setup(self, address: tuple[str, int] | None) -> dict[str, Any]:
+        """Load the weights and make the engine; all ranks call it."""
+        job, o = self.job, self.job.options
+        processes = self._join(address)
+        self.stage = PolicyStage(job.name)
+        network = self.stage.network(load_masters(job.init), job.torch_options)
+        self.terms = PolicyLossTerms(
+            objective=o.objective,
+            clip_low=o.clip_low,
+            clip_high=o.clip_high,
+            dual_clip=o.dual_clip,
+            temperature=o.temperature,
+            entropy_coefficient=o.entropy_coefficient,
+            behaviour_cap=o.behaviour_cap if o.corrects_behaviour else None,
+            max_sequences=o.answers_per_step,
+        )
+        self._make_engine(network, policy_objective(self.terms), processes, o.learning_rate)
+        return self.describe()
+
+    def log_probs(self, batch: RolloutBatch) -> Timed[np.ndarray]:
+        """log π of every answer token by the graph that is trained, float32 [A]; all ranks call it."""
+        return self._by_forward_pass(batch, self.engine.training_forward)
+
+    def reference_log_probs(self, batch: RolloutBatch) -> Timed[np.ndarray]:
+        """log π_ref of every answer token, where the reference is the policy with its adapter off."""
+        with adapters_off(self.network):
+            return self._by_forward_pass(batch, self.engine.evaluate)
+
+    def _by_forward_pass(self, batch: RolloutBatch, forward: Callable[..., torch.Tensor]) -> Timed[np.ndarray]:
+        started = time.perf_counter()
+        names = [*self._columns(batch), "old_log_probs"]  # what an update takes, so that its compiled graph fits
+        zeros = {name: np.zeros_like(batch.behaviour_log_probs) for name in names}
+        coefficient = torch.zeros((), device=self.device)
+
+        def run(tensors: dict[str, torch.Tensor]) -> np.ndarray:
+            output = forward({**tensors, "kl_coefficient": coefficient})
+            return output[1 + len(self.terms.metrics) :].float().cpu().numpy()
+
+        found = self._run_passes(batch, zeros, ["labels", "sequence_ids", *zeros], run)
+        return Timed(found, time.perf_counter() - started)
+
+    def _columns(self, batch: RolloutBatch) -> list[str]:
+        """What the loss takes besides the tokens, in the batch's columns or made for it."""
+        optional = [name for name in ("ref_log_probs", "old_log_probs") if name in batch.columns]
+        if self.job.options.kl_in == "reward" and "ref_log_probs" in optional:
+            optional.remove("ref_log_probs")
+        behaviour = [] if self.terms.behaviour_cap is None else ["behaviour_log_probs"]
+        return ["weights", "advantages", *behaviour, *optional]
+
+    def update(self, batch: RolloutBatch, learning_rate: float, kl_coefficient: float) -> Timed[dict[str, float]]:
+        """Learn from a batch with `advantages` (and `ref_log_probs`, `old_log_probs`); all ranks call it.
+
+        Without `old_log_probs` they are the log-probabilities of the one update itself: its ratio is exactly 1.
+        """
+        started = time.perf_counter()
+        o = self.job.options
+        columns = {
+            **{name: batch.columns[name] for name in self._columns(batch) if name in batch.columns},
+            "behaviour_log_probs": batch.behaviour_log_probs,
+            "weights": np.zeros_like(batch.behaviour_log_probs),
+        }
+        windows = self._windows(batch, columns)
+        names = ["labels", "sequence_ids", *self._columns(batch)]
+        coefficient = torch.tensor(kl_coefficient, device=self.device)
+        sums = torch.zeros(1 + len(self.terms.metrics), device=self.device)
+        norms, skipped, gaps = [], 0, _Gap()
+        denominators = labels = 0.0
+        for epoch in range(o.update_epochs):
+            order = np.random.default_rng([o.seed, int(batch.sample_ids[0]), epoch]).permutation(len(windows))
+            for window in (windows[i] for i in order):
+                denominator = self._weigh(window)
+                labels += float(window.mine.answer_lens.sum())
+                denominators += 1
+                scale = 1.0 / denominator if denominator else 0.0
+                for one in window.passes:
+                    tensors = self._tensors(one, self.network, names)
+                    tensors["kl_coefficient"] = coefficient
+                    output = self.engine.forward_backward(tensors, scale)
+                    sums[0] += output[0] * scale
+                    sums[1:] += output[1 : len(sums)]
+                    if epoch == 0:
+                        drawn = window.mine.behaviour_log_probs[one.answer_tokens]
+                        gaps.add(output[len(sums) :].float().cpu().numpy()[one.positions] - drawn)
+                result = self.engine.step(learning_rate)
+                norms.append(result.grad_norm)
+                skipped += not result.applied
+        loss, *metrics, labels, gap_sum, gap_n = self.engine.sum_over_ranks(
+            [*sums.tolist(), labels, gaps.total, float(gaps.count)]
+        )
+        found = {"loss": loss / denominators}
+        found |= {name: x / max(1.0, labels) for name, x in zip(self.terms.metrics, metrics, strict=True)}
+        found |= {
+            "grad_norm": float(np.mean(norms)),
+            "skipped": float(skipped),
+            "sampler_gap_mean": gap_sum / max(1.0, gap_n),
+            "sampler_gap_max": self._max_over_ranks(gaps.largest),
+        }
+        return Timed(found, time.perf_counter() - started)
+
+    def _max_over_ranks(self, value: float) -> float:
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return float(tensor)
+
+    def _weigh(self, window: _Window) -> float:
+        """Put the weight of every answer token into the passes; returns the denominator of all ranks."""
+        o, mine = self.job.options, window.mine
+        ids = torch.from_numpy(mine.spread(np.arange(len(mine))))
+        weights, denominator = token_weights(
+            torch.ones(len(ids), dtype=torch.bool), ids, len(mine), o.aggregation, o.max_new_tokens
+        )
+        for one in window.passes:
+            one.arrays["weights"] = one.arrays["weights"].copy()
+            one.arrays["weights"].reshape(-1)[one.positions] = weights.numpy()[one.answer_tokens]
+        return self.engine.sum_over_ranks([denominator])[0]
+
+    def publish(self, version: int) -> Timed[Published]:
+        """The weights in the object store; all ranks call it, rank 0's result counts."""
+        started = time.perf_counter()
+        buckets = []
+        for bucket in weight_buckets(self.network, self.engine):
+            if self.rank == 0:
+                buckets.append(Bucket(bucket.entries, ray.put(bucket.data)))
+        return Timed(Published(version, buckets), time.perf_counter() - started)
+
+    def export(self, folder: Path) -> list[str]:
+        """Write the finished weights into the run folder; all ranks call it, rank 0 writes."""
+        weights = {name.removeprefix("model."): w for name, w in self.engine.master_weights().items()}
+        if self.rank != 0:
+            return []
+        options: TrainOptions = self.job.torch_options
+        return [
+            str(path) for path in self.stage.write_weights(folder, self.network, weights, self.job.tokenizer, options)
+        ]
+
+
+@dataclass
+class _Gap:
+    """How far two log-probabilities of the same tokens lie apart."""
+
+    total: float = 0.0
+    count: int = 0
+    largest: float = 0.0
+
+    def add(self, differences: np.ndarray) -> None:
+        if len(differences):
+            self.total += float(differences.sum(dtype=np.float64))
+            self.count += len(differences)
+            self.largest = max(self.largest, float(np.abs(differences).max()))
+
+
+class CriticWorker(TrainedWorker):
+    """PPO's value model."""
+
+    def setup(self, address: tuple[str, int] | None) -> dict[str, Any]:
+        """Load the weights and make the engine; all ranks call it."""
+        o = self.job.options
+        assert isinstance(o, PPOOptions)
+        processes = self._join(address)
+        torch.manual_seed(o.seed)  # of a new value head
+        self._make_engine(
+            _value_model(o.critic_init or o.reward_model or self.job.init),
+            value_objective(o.value_clip),
+            processes,
+            o.critic_learning_rate,
+        )
+        return self.describe()
+
+    def values(self, batch: RolloutBatch) -> Timed[tuple[np.ndarray, np.ndarray]]:
+        """V of the state in which each answer token was chosen, float32 [A], and behind the last one, [S]."""
+        started = time.perf_counter()
+        # One more token a sequence: its label does not matter, its place is where the value behind the answer is read.
+        extended = _with_one_more(batch)
+        found = self._run_passes(extended, {}, [], self._values_of)
+        last = np.cumsum(extended.answer_lens) - 1
+        keep = np.ones(len(found), dtype=bool)
+        keep[last] = False
+        return Timed((found[keep], found[last]), time.perf_counter() - started)
+
+    def _values_of(self, tensors: dict[str, torch.Tensor]) -> np.ndarray:
+        return self.engine.evaluate(tensors).float().cpu().numpy()
+
+    def update(self, batch: RolloutBatch, learning_rate: float) -> Timed[dict[str, float]]:
+        """Learn the `returns` of a batch, whose `values` were those at sampling; all ranks call it."""
+        started = time.perf_counter()
+        o = self.job.options
+        columns = {name: batch.columns[name] for name in ("values", "returns")}
+        windows = self._windows(batch, columns)
+        total, steps, skipped = 0.0, 0, 0
+        norms = []
+        for _ in range(o.update_epochs):
+            for window in windows:
+                (count,) = self.engine.sum_over_ranks([float(window.mine.answer_lens.sum())])
+                for one in window.passes:
+                    tensors = self._tensors(one, self.network, ["labels", "values", "returns"])
+                    output = self.engine.forward_backward(tensors, 1.0 / max(1.0, count))
+                    total += float(output) / max(1.0, count)
+                result = self.engine.step(learning_rate)
+                norms.append(result.grad_norm)
+                skipped += not result.applied
+                steps += 1
+        (total,) = self.engine.sum_over_ranks([total])
+        found = {"value_loss": total / steps, "value_grad_norm": float(np.mean(norms)), "value_skipped": float(skipped)}
+        return Timed(found, time.perf_counter() - started)
+
+
+def _with_one_more(batch: RolloutBatch) -> RolloutBatch:
+    """The batch with each answer one (arbitrary) token longer."""
+    ends = np.cumsum(batch.lengths)
+    return RolloutBatch(
+        np.insert(batch.tokens, ends, 0),
+        batch.prompt_lens,
+        batch.answer_lens + 1,
+        batch.sample_ids,
+        batch.prompt_rows,
+        batch.stopped,
+        np.zeros(len(batch.behaviour_log_probs) + len(batch), dtype=np.float32),
+        np.zeros(len(batch.versions) + len(batch), dtype=np.int32),
+    )
+
+
+def _value_model(folder: Path) -> ValueModel:
+    """A critic on a reward model's transformer and head, or on a language model's with a new head."""
+    try:
+        return ValueModel.from_decoder(RewardModel.from_pretrained(folder))
+    except UserError:
+        return ValueModel.from_decoder(load_masters(folder))
+
+
+class ReferenceWorker(Worker):
+    """The policy as it was at the start, frozen, in the policy's precision: the bits of its first compute copy."""
+
+    def setup(self) -> None:
+        """Load the weights."""
+        self._alone()
+        self.network = load_masters(self.job.init).to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        self.network.attention_backend = self._backend(self._compiles(self.network))
+        self._forward = torch.compile(self._log_probs) if self._compiles(self.network) else self._log_probs
+
+    def _log_probs(self, **tensors: torch.Tensor) -> torch.Tensor:
+        temperature = self.job.options.temperature
+        found = self.network(**tensors, reduction="none", temperature=temperature).log_probs
+        assert found is not None
+        return found
+
+    @torch.no_grad()
+    def log_probs(self, batch: RolloutBatch) -> Timed[tuple[np.ndarray, np.ndarray]]:
+        """log π_ref of this worker's share: (sequences, float32 of their answer tokens end to end)."""
+        started = time.perf_counter()
+        part = partition(batch.lengths, self.world_size)[self.rank]
+        mine = batch.take(part)
+        found = np.zeros(len(mine.behaviour_log_probs), dtype=np.float32)
+        fixed = self._forward is not self._log_probs
+        for one in micro_batches(mine, self.job.row_length, self._rows, {}, fixed_shape=fixed) if len(mine) else []:
+            log_probs = self._forward(**self._tensors(one, self.network, ["labels"]))
+            found[one.answer_tokens] = log_probs.flatten().float().cpu().numpy()[one.positions]
+        return Timed((part, found), time.perf_counter() - started)
+
+
+class RewardWorker(Worker):
+    """A trained reward model."""
+
+    def setup(self) -> None:
+        """Load the weights."""
+        self._alone()
+        folder = self.job.options.reward_model
+        assert folder is not None
+        self.network = RewardModel.from_pretrained(folder, self.dtype).to(self.device).eval()
+
+    def rewards(self, batch: RolloutBatch) -> Timed[tuple[np.ndarray, np.ndarray]]:
+        """The reward of this worker's share: (sequences, float32 of each)."""
+        started = time.perf_counter()
+        part = partition(batch.lengths, self.world_size)[self.rank]
+        ends = np.cumsum(batch.lengths)
+        texts = [batch.tokens[ends[i] - batch.lengths[i] : ends[i]] for i in part]
+        found = self.network.rewards([text.tolist() for text in texts]).cpu().numpy()
+        return Timed((part, found), time.perf_counter() - started)
+
+
+class RolloutWorker(Worker):
+    """Samples answers with a plain copy of the policy."""
+
+    version = -1
+
+    def setup(self) -> None:
+        """Make the model; its weights come with `load`."""
+        self._alone()
+        config = MiniGPT.from_pretrained(model_folder(self.job.init)).config
+        model = MiniGPT(config).to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        o = self.job.options
+        self.engine = GenerationEngine(
+            model,
+            slots=min(o.rollout_slots, max(o.answers_per_step, o.eval_prompts)),
+            max_length=self.job.row_length,
+            batch_invariant=o.batch_invariant,
+            prefix_cache_tokens=0,
+        )
+
+    def load(self, published: Published) -> Timed[int]:
+        """Take the weights of a version; a version that is there already is not loaded again."""
+        started = time.perf_counter()
+        if published.version != self.version:
+            self.engine.load_weights(unpack(published, ray.get))
+            self.version = published.version
+        return Timed(self.version, time.perf_counter() - started)
+
+    def generate(self, request: PromptRequest) -> Timed[RolloutBatch]:
+        """Answers to this worker's share of the prompts, those to a prompt adjacent, in the order of the request."""
+        started = time.perf_counter()
+        if request.version != self.version:
+            raise RuntimeError(f"answers of weights {request.version} are wanted, these are {self.version}")
+        mine = request.share(self.rank, self.world_size)
+        ends = np.cumsum(mine.prompt_lens)
+        prompts = [mine.tokens[end - n : end] for end, n in zip(ends, mine.prompt_lens, strict=True)]
+        requests = [
+            self.engine.submit(
+                prompt.tolist(),
+                mine.params,
+                n=mine.samples,
+                sequence_ids=range(first, first + mine.samples),
+                log_probs=True,
+            )
+            for prompt, first in zip(prompts, mine.first_sample_ids.tolist(), strict=True)
+        ]
+        while self.engine.has_work:
+            self.engine.step()
+        answers = [completion for one in requests for completion in one.completions]
+        pieces = [
+            piece
+            for prompt, one in zip(prompts, requests, strict=True)
+            for completion in one.completions
+            for piece in (prompt, np.array(completion.ids, dtype=np.int32))
+        ]
+        batch = RolloutBatch(
+            tokens=np.concatenate(pieces).astype(np.int32) if pieces else np.zeros(0, dtype=np.int32),
+            prompt_lens=np.repeat(mine.prompt_lens, mine.samples).astype(np.int32),
+            answer_lens=np.array([len(a.ids) for a in answers], dtype=np.int32),
+            sample_ids=(mine.first_sample_ids[:, None] + np.arange(mine.samples)).reshape(-1).astype(np.int64),
+            prompt_rows=np.repeat(mine.prompt_rows, mine.samples).astype(np.int64),
+            stopped=np.array([a.finish_reason == "stop" for a in answers], dtype=bool),
+            behaviour_log_probs=_flat((a.behaviour_log_probs for a in answers), np.float32),
+            versions=np.full(sum(len(a.ids) for a in answers), self.version, dtype=np.int32),
+        )
+        return Timed(batch, time.perf_counter() - started)
+
+
+def _flat(lists: Any, dtype: type) -> np.ndarray:
+    return np.array([x for values in lists for x in values or ()], dtype=dtype)
