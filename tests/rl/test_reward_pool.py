@@ -2,11 +2,13 @@
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -96,10 +98,10 @@ def misbehave(prompt, completion, reference):
 """
 
 MISBEHAVIOUR = {
-    "sleep": "took more than 0.5 s",
-    "loop": "took more than 0.5 s",
-    "stubborn": "took more than 0.5 s",
-    "power": "took more than 0.5 s",
+    "sleep": "took more than 1 s",
+    "loop": "took more than 1 s",
+    "stubborn": "took more than 1 s",
+    "power": "took more than 1 s",
     "exit 0": "ended its process (status 0)",
     "exit 3": "ended its process (status 3)",
     "leave": "raised SystemExit: 0",
@@ -205,19 +207,19 @@ def test_hostile_texts_come_through_whole(functions, text):
 def test_every_misbehaviour_is_one_failure_and_the_others_are_scored(functions, processes):
     completions = [text for bad in MISBEHAVIOUR for text in ("fine", bad)] + ["fine"]
     spec = functions("misbehave")
-    with RewardPool(["accuracy", spec], processes=processes, timeout=0.5, memory_mb=512, failure_reward=-3.0) as pool:
+    with RewardPool(["accuracy", spec], processes=processes, timeout=1, memory_mb=512, failure_reward=-3.0) as pool:
         scores = score(pool, [f"{text} 12" if text == "fine" else text for text in completions])
         assert scores.failed.tolist() == [text != "fine" for text in completions]
         assert scores.rewards.tolist() == [1.5 if text == "fine" else -3.0 for text in completions]
         assert scores.parts["accuracy"].tolist() == [float(text == "fine") for text in completions]
         assert len(scores.failures) == 5
-        assert scores.failures[0] == f"{spec} took more than 0.5 s on completion 1"
+        assert scores.failures[0] == f"{spec} took more than 1 s on completion 1"
         assert score(pool, ["fine"]).rewards.tolist() == [0.5]
 
 
 @pytest.mark.parametrize("bad", MISBEHAVIOUR)
 def test_a_failure_says_what_happened(functions, bad):
-    with RewardPool([functions("misbehave")], timeout=0.5, memory_mb=512) as pool:
+    with RewardPool([functions("misbehave")], timeout=1, memory_mb=512) as pool:
         (sentence,) = score(pool, [bad]).failures
     assert MISBEHAVIOUR[bad] in sentence
     assert "\n" not in sentence
@@ -259,6 +261,14 @@ def test_a_batch_that_does_not_fit_into_a_worker_is_an_error_and_not_a_row_of_ze
 # ------------------------------------------------------------------------------------------------------ at construction
 
 
+def test_the_example_of_the_documentation_prints_what_the_page_says(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "rewards.md"
+    module, script, printed = re.findall(r"^```(?:python|text)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "my_rewards.py").write_text(module)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == printed
+
+
 @pytest.mark.parametrize(
     ("specs", "sentence"),
     [
@@ -281,13 +291,13 @@ def test_limits_that_make_no_sense_are_refused(limit):
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        ("import time; time.sleep(1000)", "importing the rewards .* took more than 1 s"),
+        ("import time; time.sleep(1000)", "importing the rewards .* took more than 2 s"),
         ("import os; os._exit(0)", r"importing the rewards .* ended its process \(status 0\)"),
         ("x = bytearray(1 << 40)", "cannot be imported: MemoryError"),
     ],
 )
 def test_an_import_that_hangs_or_crashes_is_a_sentence_too(tmp_path, monkeypatch, code, sentence):
-    monkeypatch.setattr("minigpt.rl.reward_pool.START_SECONDS", 1.0)
+    monkeypatch.setattr("minigpt.rl.reward_pool.START_SECONDS", 2.0)
     (tmp_path / "bad.py").write_text(code)
     with pytest.raises(UserError, match=sentence):
         RewardPool([f"{tmp_path / 'bad.py'}:f"], processes=2)
