@@ -116,9 +116,9 @@ class _LinearLogProbs(torch.autograd.Function):
             log_z = logits.logsumexp(-1)
             log_probs.append(torch.where(has_label, logits.gather(1, label[:, None])[:, 0] - log_z, 0.0))
             log_normalisers.append(log_z)
-            if with_entropy:  # H = log z − Σ p · logit
-                mean_logit = ((logits - log_z[:, None]).exp() * logits).sum(-1)
-                entropies.append(torch.where(has_label, log_z - mean_logit, 0.0))
+            if with_entropy:  # not log z − Σ p · logit: where the model is sure, two large numbers would cancel
+                log_p = logits - log_z[:, None]
+                entropies.append(torch.where(has_label, -(log_p.exp() * log_p).sum(-1), 0.0))
             if keeps_gradient:  # a row's gradient is upstream times this: no logits are needed again
                 grad_logits = _log_prob_gradient(logits, log_z, label) * has_label[:, None] / temperature
                 grad_x.append(grad_logits.to(x.dtype) @ weight_VE)

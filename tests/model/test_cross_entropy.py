@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt.model import cross_entropy
-from minigpt.model.cross_entropy import linear_cross_entropy, linear_log_probs
+from minigpt.model.cross_entropy import linear_cross_entropy, linear_log_probs, linear_log_probs_and_entropy
 
 N, E, V = 37, 16, 50
 
@@ -173,3 +173,78 @@ def test_their_sum_is_the_loss():
     x, weight, labels, _ = example()
     loss = linear_cross_entropy(x, weight, labels, torch.ones(N))
     assert linear_log_probs(x, weight, labels).sum().item() == pytest.approx(-loss.item(), rel=1e-14)
+
+
+# ------------------------------------------------------------------------------------------- temperature and entropy
+
+
+def plain_log_probs_and_entropy(x, weight, labels, temperature):
+    """By PyTorch's log_softmax over all logits; the entropy as its definition says."""
+    log_p = (x @ weight.T / temperature).log_softmax(-1)
+    chosen = log_p.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return tuple(torch.where(labels >= 0, value, 0.0) for value in (chosen, entropy))
+
+
+def with_gradients(function, x, weight, labels, temperature, upstreams):
+    """Both results, and their gradients together and each alone under gradients from above."""
+    results = function(x, weight, labels, temperature)
+    above = [u.to(r.dtype) for u, r in zip(upstreams, results, strict=True)]
+    together = torch.autograd.grad(results, (x, weight), above, retain_graph=True)
+    alone = [torch.autograd.grad(r, (x, weight), u, retain_graph=True) for r, u in zip(results, above, strict=True)]
+    return [*(r.detach() for r in results), *together, *alone[0], *alone[1]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 5e-6), (torch.bfloat16, 4e-2)], ids=str
+)
+def test_log_probs_and_entropy_at_a_temperature_are_those_of_pytorch_in_float64(dtype, tolerance, temperature):
+    x, weight, labels, _ = example(dtype)
+    generator = torch.Generator().manual_seed(1)
+    upstreams = [torch.randn(N, generator=generator, dtype=torch.float64) for _ in range(2)]
+    ours = with_gradients(linear_log_probs_and_entropy, x, weight, labels, temperature, upstreams)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    theirs = with_gradients(plain_log_probs_and_entropy, *exact, labels, temperature, upstreams)
+    for found, reference in zip(ours, theirs, strict=True):
+        assert ((found.double() - reference).norm() / reference.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.5])
+@pytest.mark.parametrize("frozen", [False, True], ids=["all trained", "weight frozen"])
+def test_log_probs_alone_take_the_temperature_too(temperature, frozen, upstream):
+    x, weight, labels, _ = example()
+    weight = weight.detach() if frozen else weight
+    trained = (x,) if frozen else (x, weight)
+    both = [
+        linear_log_probs(x, weight, labels, temperature),
+        plain_log_probs_and_entropy(x, weight, labels, temperature)[0],
+    ]
+    assert torch.allclose(*both, rtol=1e-13)
+    gradients = [torch.autograd.grad(log_probs, trained, upstream) for log_probs in both]
+    assert all(torch.allclose(ours, theirs, rtol=1e-11) for ours, theirs in zip(*gradients, strict=True))
+
+
+def test_asking_for_the_entropy_changes_no_bit_of_the_log_probs():
+    x, weight, labels, _ = example(torch.float32)
+    assert torch.equal(
+        linear_log_probs(x, weight, labels, 0.7), linear_log_probs_and_entropy(x, weight, labels, 0.7)[0]
+    )
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+def test_entropy_without_a_label_is_0_and_has_no_gradient_whatever_stands_there(garbage, upstream):
+    x, weight, labels, _ = example(torch.float32)
+    silent = labels < 0
+
+    def results():
+        found = linear_log_probs_and_entropy(x, weight, labels, 0.7)
+        return [t.detach() for t in found] + list(torch.autograd.grad(found, (x, weight), [upstream.float()] * 2))
+
+    clean = results()
+    x.data[silent] = garbage
+    upstream[silent] = garbage
+    dirty = results()
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert not dirty[1][silent].any()
+    assert not dirty[2][silent].any(), "exactly zero gradient"
