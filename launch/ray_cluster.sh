@@ -32,12 +32,6 @@ make_token() { # readable by nobody else; Ray's own command would leave it reada
     if [[ -z "${RAY_AUTH_TOKEN:-}" ]]; then chmod 600 "$file"; fi
 }
 
-need_token() {
-    if [[ -z "${RAY_AUTH_TOKEN:-}" && ! -s "$(token_file)" ]]; then
-        die "there is no token in $(token_file): copy it from the head (scp HEAD:.ray/auth_token ~/.ray/auth_token)"
-    fi
-}
-
 is_ours() { # $1: a process id that this script wrote; ids are used again, so the command must be ours too
     [[ -r "/proc/$1/cmdline" ]] && tr '\0' ' ' <"/proc/$1/cmdline" | grep -q "ray start --block"
 }
@@ -89,10 +83,7 @@ join_node() {
     [[ $# -gt 0 && "$1" != -* ]] || die "join which cluster? ./launch/ray_cluster.sh join HOST:PORT, as \`head\` printed it"
     local address="$1" log
     shift
-    [[ "$address" =~ ^[^/]+:[0-9]+$ ]] || die "$address is not the address of a head node: write HOST:PORT, as \`head\` printed it"
-    need_token
-    (exec 3<>"/dev/tcp/${address%:*}/${address##*:}") 2>/dev/null ||
-        die "no Ray cluster answers at $address: is its head up (./launch/ray_cluster.sh head), and its port open to this machine?"
+    python -m minigpt.rl.cluster "$address" || exit 1 # is there a head, and does it take our token?
     log="$(start_node worker --address "$address" "$@")" || exit 1
     say "This machine has joined $address; log: $log"
 }

@@ -10,15 +10,19 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import secrets
 import signal
-import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import grpc
+import psutil
 import ray
 from ray._private.state import available_resources_per_node
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
@@ -29,6 +33,7 @@ TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 REMEDY = "use fewer or smaller roles, or add a node with ./launch/ray_cluster.sh join"
 EPSILON = 1e-6  # Ray counts in steps of 1e-4
 _before: dict[str, str | None] = {}  # what TOKEN_VARIABLES held before `connect`
+_guard: subprocess.Popen[bytes] | None = None  # outlives a killed driver, and ends what Ray would leave behind
 
 
 def connect(address: str | None = None, num_cpus: int | None = None) -> None:
@@ -64,6 +69,11 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
 
 def disconnect() -> None:
     """Leave the cluster; end a Ray that `connect` started, and wait until its processes are gone."""
+    global _guard
+    if _guard is not None:
+        _guard.kill()
+        _guard.communicate()
+        _guard = None
     ray.shutdown(wait_for_processes=True)
     while _before:
         name, value = _before.popitem()
@@ -84,35 +94,62 @@ def _start_private(num_cpus: int | None) -> None:
         include_dashboard=False,
         logging_level=logging.ERROR,
     )
+    _start_guard()
+
+
+def _start_guard() -> None:
+    """When a driver is killed, the kernel kills Ray's servers and the actors follow; the servers' two agents would live
+    on for a minute or two, reporting to servers that are gone. A shell waits for the end of a pipe and kills them."""
+    global _guard
+    servers = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    agents = [str(agent.pid) for server in servers for agent in server.children()]
+    command = ["sh", "-c", 'read -r _; kill -KILL "$@" 2>/dev/null', "ray-guard", *agents]
+    _guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _join(address: str) -> None:
-    if "://" in address:
-        raise UserError(
-            f"{address} is not the address of a head node (host:port): run this on a node of the cluster, "
-            "or submit it from here with ./launch/ray_submit.sh"
-        )
-    if address != "auto":
-        _probe(address)
     use_token()
+    if address != "auto":
+        probe(address)
     try:
         ray.init(address, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(f"no connection to the Ray cluster at {address}: {error}") from error
 
 
-def _probe(address: str) -> None:
-    """Ray itself tries for a minute before it says that nobody is there."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except (ValueError, OverflowError):
-        raise UserError(f"{address} is not the address of a head node: write host:port") from None
-    except OSError as error:
+def probe(address: str) -> None:
+    """Ask the head at `address` (host:port) who it is. Ray itself tries for 20 to 60 seconds before it gives up.
+
+    Raises:
+        UserError: Nobody answers, or the token is refused.
+    """
+    if not re.fullmatch(r"[^/]+:\d+", address):
         raise UserError(
-            f"no Ray cluster answers at {address} ({error.strerror or error}): is its head up "
-            "(./launch/ray_cluster.sh head), and its port open to this machine?"
-        ) from None
+            f"{address} is not the address of a head node: write host:port, and run this on a node of the cluster; "
+            "from elsewhere, ./launch/ray_submit.sh takes the address of the job server"
+        )
+    try:
+        token = AuthenticationTokenLoader.instance().get_token_for_http_header()
+        with grpc.insecure_channel(address) as channel:
+            ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+            ask(b"", metadata=list(token.items()), timeout=5)
+    except ray.exceptions.AuthenticationError as error:  # a token file that is not there
+        raise UserError(wrong_token(address)) from error
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise UserError(wrong_token(address)) from error
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise UserError(
+                f"no Ray cluster answers at {address}: is its head up (./launch/ray_cluster.sh head), "
+                "and its port open to this machine?"
+            ) from error
+
+
+def wrong_token(address: str) -> str:
+    return (
+        f"this machine has no token for {address}, or one that is refused there: copy ~/.ray/auth_token from the head, "
+        "or set RAY_AUTH_TOKEN_PATH to the copy's place"
+    )
 
 
 def use_token() -> None:
@@ -248,3 +285,10 @@ def _described(nodes: Sequence[_Node], bundles: Sequence[Mapping[str, float]]) -
     return ", ".join(
         f"{node.name}: {_listed({name: node.free.get(name, 0.0) for name in asked}) or 'nothing'}" for node in nodes
     )
+
+
+if __name__ == "__main__":  # `launch/ray_cluster.sh join` asks before it starts anything
+    try:
+        probe(sys.argv[1])
+    except UserError as error:
+        sys.exit(f"error: {error}")

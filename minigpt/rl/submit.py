@@ -24,7 +24,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from minigpt.errors import UserError
-from minigpt.rl.cluster import use_token
+from minigpt.rl.cluster import use_token, wrong_token
 
 MAX_MEGABYTES = 100  # the head keeps the package in memory; code is far smaller, so what is larger is data by mistake
 PROGRAM = "./launch/ray_submit.sh"
@@ -62,6 +62,7 @@ def submit(options: SubmitOptions, command: Sequence[str]) -> int:
         raise UserError(f"which command? {PROGRAM} --address http://HEAD:8265 -- minigpt train grpo …")
     files = _tracked_files(options.working_dir) if command else []
     _check_paths(options.working_dir, files, command)
+    _check_size(options.working_dir, files)
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
     client = _client(address if "://" in address else f"http://{address}")
     job = options.follow or options.stop or _send(client, options.working_dir, files, command)
@@ -85,10 +86,7 @@ def _client(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise UserError(
-            f"the cluster at {address} refuses this machine's token: copy ~/.ray/auth_token from its head, "
-            "or set RAY_AUTH_TOKEN_PATH to the copy's place"
-        ) from error
+        raise UserError(wrong_token(address)) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"no job server answers at {address}: is the head up (./launch/ray_cluster.sh head)? It listens to its own "
@@ -101,7 +99,7 @@ def _send(client: JobSubmissionClient, folder: Path, files: Sequence[str], comma
         package = Path(scratch) / "working_dir.zip"
         _pack(folder, files, package)
         # Ray runs the command with OMP_NUM_THREADS=1, which would leave a trainer with one core.
-        entrypoint = shlex.join(["env", "-u", "OMP_NUM_THREADS", *command])
+        entrypoint = "exec " + shlex.join(["env", "-u", "OMP_NUM_THREADS", *command])
         job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(package)})
     print(f"job {job} on {client.get_address()}\n{_commands(client, job)}", file=sys.stderr)
     return job
@@ -145,7 +143,7 @@ def _check_paths(folder: Path, files: Sequence[str], command: Sequence[str]) -> 
             )
 
 
-def _pack(folder: Path, files: Sequence[str], package: Path) -> None:
+def _check_size(folder: Path, files: Sequence[str]) -> None:
     sizes = {name: (folder / name).stat().st_size for name in files}
     if sum(sizes.values()) > MAX_MEGABYTES * 1e6:
         largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
@@ -154,6 +152,9 @@ def _pack(folder: Path, files: Sequence[str], package: Path) -> None:
             f"{MAX_MEGABYTES} MB that are sent; the largest: "
             + ", ".join(f"{name} ({sizes[name] / 1e6:.0f} MB)" for name in largest)
         )
+
+
+def _pack(folder: Path, files: Sequence[str], package: Path) -> None:
     with zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in files:  # by content only, without times: what was sent before is not sent again
             archive.writestr(zipfile.ZipInfo(name), (folder / name).read_bytes(), zipfile.ZIP_DEFLATED)
