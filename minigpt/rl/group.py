@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
@@ -18,6 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from minigpt.errors import UserError
 
 from .layout import Bundle, Layout
+
+DEATH_NOTICE_SECONDS = 5.0  # until Ray knows that a process ended
 
 
 class WorkerDied(Exception):
@@ -99,34 +101,34 @@ class WorkerGroup:
         Errors: WorkerDied; UserError when the time is up or a worker raised one; what else a worker raised.
         """
         pending, ranks = list(references), {ref: rank for rank, ref in enumerate(references)}
-        ready, unready = ray.wait(pending, num_returns=len(pending), timeout=0)
-        while unready and not any(self._failed(ref) for ref in ready):
-            ready, unready = ray.wait(pending, num_returns=len(ready) + 1, timeout=self.timeout)
-            if len(ready) + len(unready) == len(pending) and not ready:
-                break
-        for ref in [*ready, *unready]:  # what failed is reported before what waits for it
-            self.result(ref, ranks[ref], what)
-        return [self.result(ref, ranks[ref], what) for ref in references]
 
-    @staticmethod
-    def _failed(reference: ray.ObjectRef) -> bool:
-        try:
-            ray.get(reference, timeout=0)
-        except GetTimeoutError:
-            return False
-        except Exception:
-            return True
-        return False
+        def errors(ready: list[ray.ObjectRef]) -> list[Exception]:
+            found = []
+            for ref in ready:
+                try:
+                    self.result(ref, ranks[ref], what)
+                except Exception as error:
+                    found.append(error)
+            return found
+
+        ready, unready = ray.wait(pending, num_returns=len(pending), timeout=0)
+        while unready and not errors(ready):
+            before = len(ready)
+            ready, unready = ray.wait(pending, num_returns=before + 1, timeout=self.timeout)
+            if len(ready) == before:
+                self._hung(ranks[unready[0]], what)
+        if unready:  # a rank whose neighbour dies fails too, and perhaps sooner: the death is what to report
+            ready, unready = ray.wait(pending, num_returns=len(pending), timeout=DEATH_NOTICE_SECONDS)
+        for error in sorted(errors(ready), key=lambda error: not isinstance(error, WorkerDied)):
+            raise error
+        return [self.result(ref, ranks[ref], what) for ref in references]
 
     def result(self, reference: ray.ObjectRef, rank: int, what: str) -> Any:
         """One result; errors as in `wait`."""
         try:
             return ray.get(reference, timeout=self.timeout)
         except GetTimeoutError:
-            raise UserError(
-                f"{self.role} worker {rank} did not finish to {what} within {self.timeout:g} s; if it is only slow, "
-                "raise --timeout; the run goes on from its last checkpoint"
-            ) from None
+            self._hung(rank, what)
         except (ActorDiedError, ActorUnavailableError, RayActorError) as error:
             raise WorkerDied(self.role, rank, _last_words(error)) from error
         except RayTaskError as error:
@@ -134,6 +136,12 @@ class WorkerGroup:
             if isinstance(cause, (UserError, ValueError, RayActorError)):
                 raise cause from error
             raise
+
+    def _hung(self, rank: int, what: str) -> NoReturn:
+        raise UserError(
+            f"{self.role} worker {rank} did not finish to {what} within {self.timeout:g} s; if it is only slow, "
+            "raise --timeout; the run goes on from its last checkpoint"
+        ) from None
 
     def kill(self) -> None:
         """End all workers."""
