@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 NO_LABEL, NO_DOCUMENT = -100, -1
+ROW_MULTIPLE = 64
 
 
 @dataclass
@@ -123,13 +124,33 @@ def restore(parts: Sequence[np.ndarray], values: Sequence[np.ndarray], lengths: 
 
     Args:
         parts: From `partition`.
-        values: Of each part, all its sequences' values end to end.
+        values: Of each part, all its sequences' values end to end, each a number or an array.
         lengths: How many values each sequence of the whole batch has.
     """
-    whole = np.zeros(int(lengths.sum()), dtype=values[0].dtype)
+    whole = np.zeros((int(lengths.sum()), *values[0].shape[1:]), dtype=values[0].dtype)
     for part, found in zip(parts, values, strict=True):
         whole[_pieces(lengths, part)] = found
     return whole
+
+
+def choose_row_length(longest: int, sequences: int, most: int) -> int:
+    """T of packed rows, such that `sequences` of the longest possible length leave little of their rows empty.
+
+    Args:
+        longest: Tokens of the longest sequence there can be.
+        sequences: Of an optimizer step.
+        most: No row is longer, unless a sequence is.
+    """
+    candidates = range(_round_up(longest, ROW_MULTIPLE), max(most, longest + ROW_MULTIPLE), ROW_MULTIPLE)
+
+    def cost(T: int) -> float:  # positions of all rows; attention's share of a position's work grows with T
+        return _round_up(sequences, T // longest) // (T // longest) * T * (1 + T / 8192)
+
+    return min(candidates, key=cost)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def pack_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:

@@ -25,16 +25,18 @@ from minigpt.trainer.run import PACKAGES, SUMMARY, Run, write_text
 from minigpt.trainer.setup import Source, model_folder, prepare_data, run_to_follow
 
 from . import cluster
+from .batch import choose_row_length
 from .group import WorkerDied
 from .loop import Loop, Position
 from .options import RLOptions
 from .prompts import PromptSource
 from .reward_pool import RewardPool
 from .roles import Roles
-from .workers import ROW_MULTIPLE, Job, PolicyStage
+from .workers import Job, PolicyStage
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 FOLLOWS = ("reason", "dpo", "sft")
+LONG_ROW = 1024  # tokens of a packed row, if the sequences themselves are not longer
 
 
 class RLStage(PolicyStage):
@@ -65,11 +67,12 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     limit = config.max_position_embeddings
     prompts = PromptSource(source.train, encoder, options.thinking, options.seed, limit - 1)
     judged = None if heldout is None else PromptSource(heldout, encoder, options.thinking, options.seed, limit - 1)
-    longest = max(prompts.longest, judged.longest if judged else 0) + options.max_new_tokens
+    longest = min(limit, max(prompts.longest, judged.longest if judged else 0) + options.max_new_tokens)
     job = Job(
         options=options,
         init=init.resolve(),
-        row_length=min(limit, max(256, -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE)),
+        row_length=choose_row_length(longest, options.answers_per_step // options.minibatches, min(limit, LONG_ROW)),
+        longest=longest,
         stop_ids=_stop_ids(init, encoder),
         tokenizer=model_folder(init).resolve(),
         name=name,
@@ -169,7 +172,8 @@ class _Attempt:
             metrics = loop.step()
             last = position.step == o.max_steps
             if position.step % o.log_interval == 0 or last or position.step == 1:
-                run.log(position.step, {"kind": "train", **metrics, "seconds": position.seconds})
+                record = {"kind": "train", **metrics, "seconds": position.seconds, "tokens": position.tokens}
+                run.log(position.step, record)
             if last or (o.eval_interval and position.step % o.eval_interval == 0):
                 position.last_evaluation = self._evaluate(position)
             if last or (o.save_interval and position.step % o.save_interval == 0) or self.stop.asked:

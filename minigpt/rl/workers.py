@@ -45,7 +45,6 @@ from .request import PromptRequest
 
 T = TypeVar("T")
 CPU_TOKENS, GPU_TOKENS = 2048, 32768  # of a forward pass, unless the options say otherwise
-ROW_MULTIPLE = 64
 
 
 @dataclass
@@ -63,7 +62,8 @@ class Job:
     Attributes:
         options: Of the run.
         init: The folder that the policy starts from.
-        row_length: T of packed rows: no sequence is longer.
+        row_length: T of packed rows.
+        longest: Tokens of the longest sequence there can be; at most T.
         stop_ids: What ends an answer.
         tokenizer: Folder of the tokenizer.
         name: grpo or ppo.
@@ -72,6 +72,7 @@ class Job:
     options: RLOptions
     init: Path
     row_length: int
+    longest: int
     stop_ids: tuple[int, ...]
     tokenizer: Path
     name: str
@@ -127,8 +128,13 @@ class Worker:
 
     @property
     def _rows(self) -> int:
-        budget = self.job.options.micro_batch_tokens or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
-        return max(1, budget // self.job.row_length)
+        """Rows of a pass: a step's rows, if all answers are as long as can be, in passes of equal size."""
+        job, o = self.job, self.job.options
+        budget = o.micro_batch_tokens or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
+        sequences = -(-o.answers_per_step // (o.minibatches * self.world_size))
+        rows = -(-sequences // (job.row_length // job.longest))
+        passes = -(-rows * job.row_length // budget)
+        return max(1, min(-(-rows // passes), budget // job.row_length))
 
     def _backend(self, compiled: bool) -> str:
         return choose_backend(self.device, self.job.row_length, self.dtype, compiled)
@@ -238,13 +244,19 @@ class TrainedWorker(Worker):
         return tensor.cpu().numpy()
 
     def _run_passes(
-        self, batch: RolloutBatch, columns: dict[str, np.ndarray], names: Sequence[str], run: Callable[..., np.ndarray]
+        self,
+        batch: RolloutBatch,
+        columns: dict[str, np.ndarray],
+        names: Sequence[str],
+        run: Callable[..., np.ndarray],
+        width: int = 1,
     ) -> np.ndarray:
-        """Σ over windows and passes of per-token results: `run` returns [B·T]; float32 [A] on all ranks."""
+        """What `run`, which returns [B·T] or [B·T, width], finds at the answer tokens; on all ranks the same."""
         windows = self._windows(batch, columns)
         values = []
         for window in windows:
-            found = np.zeros(len(window.mine.behaviour_log_probs), dtype=np.float32)
+            tokens = len(window.mine.behaviour_log_probs)
+            found = np.zeros((tokens, width) if width > 1 else tokens, dtype=np.float32)
             for one in window.passes:
                 found[one.answer_tokens] = run(self._tensors(one, self.network, names))[one.positions]
             values.append(found)
@@ -434,16 +446,14 @@ class CriticWorker(TrainedWorker):
     def values(self, batch: RolloutBatch) -> Timed[tuple[np.ndarray, np.ndarray]]:
         """V of the state in which each answer token was chosen, float32 [A], and behind the last one, [S]."""
         started = time.perf_counter()
-        # One more token a sequence: its label does not matter, its place is where the value behind the answer is read.
-        extended = _with_one_more(batch)
-        found = self._run_passes(extended, {}, [], self._values_of)
-        last = np.cumsum(extended.answer_lens) - 1
-        keep = np.ones(len(found), dtype=bool)
-        keep[last] = False
-        return Timed((found[keep], found[last]), time.perf_counter() - started)
+        found = self._run_passes(batch, {}, [], self._values_of, width=2)
+        last = np.cumsum(batch.answer_lens) - 1
+        return Timed((found[:, 0].copy(), found[last, 1]), time.perf_counter() - started)
 
     def _values_of(self, tensors: dict[str, torch.Tensor]) -> np.ndarray:
-        return self.engine.evaluate(tensors).float().cpu().numpy()
+        """[B·T, 2]: the value where a token is predicted, and one place on, where that token was read."""
+        values = self.engine.evaluate(tensors).float().cpu().numpy()
+        return np.stack((values, np.roll(values, -1)), axis=1)
 
     def update(self, batch: RolloutBatch, learning_rate: float) -> Timed[dict[str, float]]:
         """Learn the `returns` of a batch, whose `values` were those at sampling; all ranks call it."""
@@ -467,21 +477,6 @@ class CriticWorker(TrainedWorker):
         (total,) = self.engine.sum_over_ranks([total])
         found = {"value_loss": total / steps, "value_grad_norm": float(np.mean(norms)), "value_skipped": float(skipped)}
         return Timed(found, time.perf_counter() - started)
-
-
-def _with_one_more(batch: RolloutBatch) -> RolloutBatch:
-    """The batch with each answer one (arbitrary) token longer."""
-    ends = np.cumsum(batch.lengths)
-    return RolloutBatch(
-        np.insert(batch.tokens, ends, 0),
-        batch.prompt_lens,
-        batch.answer_lens + 1,
-        batch.sample_ids,
-        batch.prompt_rows,
-        batch.stopped,
-        np.zeros(len(batch.behaviour_log_probs) + len(batch), dtype=np.float32),
-        np.zeros(len(batch.versions) + len(batch), dtype=np.int32),
-    )
 
 
 def _value_model(folder: Path) -> ValueModel:
@@ -556,7 +551,7 @@ class RolloutWorker(Worker):
         self.engine = GenerationEngine(
             model,
             slots=min(o.rollout_slots, max(o.answers_per_step, o.eval_prompts)),
-            max_length=self.job.row_length,
+            max_length=self.job.longest,
             batch_invariant=o.batch_invariant,
             prefix_cache_tokens=0,
         )
