@@ -3,7 +3,8 @@
 #
 #   ./launch/ray_cluster.sh head [OPTIONS]           on one machine: the head, with the job server on port 8265
 #   ./launch/ray_cluster.sh join ADDRESS [OPTIONS]   on every other one; `head` prints ADDRESS
-#   ./launch/ray_cluster.sh stop                     ends what this script started on this machine, nothing else
+#   ./launch/ray_cluster.sh stop                     ends what this script started on this machine, nothing else; jobs that
+#                                                    still run are killed (let them save: ./launch/ray_submit.sh --stop)
 #
 # OPTIONS go to `ray start` (see `ray start --help`). Most used: --port 6379 (head), --dashboard-port 8265 (head),
 # --dashboard-host 0.0.0.0 (head: take jobs from other machines too), --num-cpus N, --num-gpus N, --node-ip-address IP.
@@ -15,7 +16,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 STATE="${TMPDIR:-/tmp}/minigpt-ray-$(id -u)" # one file a node that runs here: its process id; beside it, its log
 START_S=60                                   # a node that is not up by then will not come
-STOP_S=20                                    # Ray's own processes get so long to end before they are killed
+STOP_S=5                                     # a running job holds Ray back longer; then its processes are killed
 
 help() { sed -n '2,/^source/ { /^source/d; s/^# \{0,1\}//; p; }' "${BASH_SOURCE[0]}"; }
 
@@ -60,20 +61,21 @@ start_node() { # head or worker, options of `ray start`; prints the log's name w
 }
 
 head_node() {
-    local log address dashboard
+    local log address dashboard token
     make_token
+    token="${RAY_AUTH_TOKEN:+the variable RAY_AUTH_TOKEN}"
     log="$(start_node head --head --include-dashboard true "$@")" || exit 1
     address="$(sed -n "s/.*ray start --address='\(.*\)'.*/\1/p" "$log" | head -n 1)"
     dashboard="$(sed -n "s|.*RAY_API_SERVER_ADDRESS='\(.*\)'.*|\1|p" "$log" | sed "s/' ray.*//" | head -n 1)"
     cat <<END
 The head is up at $address, its job server at $dashboard; log: $log
 
-on every other machine (same checkout, same token in ${RAY_AUTH_TOKEN:+\$RAY_AUTH_TOKEN}${RAY_AUTH_TOKEN:-$(token_file)}):
+on every other machine (same checkout; same token, in ${token:-$(token_file)}):
   ./launch/ray_cluster.sh join $address
 a job:
   ./launch/ray_submit.sh --address $dashboard -- minigpt train grpo --help
 what the cluster has:
-  RAY_AUTH_MODE=token ray status --address $address
+  RAY_AUTH_MODE=token $VENV/bin/ray status --address $address
 to end:
   ./launch/ray_cluster.sh stop
 END
@@ -88,20 +90,27 @@ join_node() {
     say "This machine has joined $address; log: $log"
 }
 
+descendants() { # of the process $1, itself included; job drivers have process groups of their own
+    local child
+    printf '%s\n' "$1"
+    for child in $(cat "/proc/$1"/task/*/children 2>/dev/null); do descendants "$child"; done
+}
+
 stop_nodes() { # workers first: they wait for an answer of the head when they leave
-    local file pid count=0 waited
+    local file pid pids count=0 waited
     for file in "$STATE"/worker-*.pid "$STATE"/head-*.pid; do
         [[ -e "$file" ]] || continue
         pid="$(cat "$file")"
         if is_ours "$pid"; then
+            mapfile -t pids < <(descendants "$pid")
             kill -TERM "$pid"
+            for ((waited = 0; waited < STOP_S * 5; waited++)); do
+                kill -0 "${pids[@]}" 2>/dev/null || break # fails when none is left
+                sleep 0.2
+            done
+            kill -KILL "${pids[@]}" 2>/dev/null || true
             count=$((count + 1))
         fi
-        for ((waited = 0; waited < STOP_S * 5; waited++)); do # until the whole group is gone
-            kill -0 -- "-$pid" 2>/dev/null || break
-            sleep 0.2
-        done
-        kill -KILL -- "-$pid" 2>/dev/null || true
         rm -f "$file"
     done
     say "stopped $count Ray node(s) on this machine"

@@ -1,0 +1,501 @@
+"""Ray for real: a cluster of two nodes made by the scripts, jobs on it, layouts compared with it, a private Ray, and
+nothing left behind by either.
+
+Every process of a cluster inherits a mark in its environment; what carries it has to be gone at the end.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from minigpt.errors import UserError
+from minigpt.rl.cluster import check_resources, connect, disconnect
+from minigpt.rl.submit import SubmitOptions, submit
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCH = REPOSITORY / "launch"
+MARK = "MINIGPT_TEST_MARK"
+
+pytestmark = pytest.mark.slow
+
+
+def marked(mark: str) -> list[str]:
+    """The command lines of the processes that carry a mark."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it ended while we looked, or is not ours to look at
+            if process.environ().get(MARK) == mark:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def short_folder() -> Iterator[Path]:
+    """Unix sockets have names of 107 bytes at most, and Ray's are long: not under pytest's folders."""
+    folder = Path(tempfile.mkdtemp(prefix="ray"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Scripts:
+    """The two scripts, with state, token and processes of their own, called from within `folder`."""
+
+    folder: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def token_file(self) -> Path:
+        return self.folder / "secrets" / "token"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {"TMPDIR": str(self.folder), "RAY_AUTH_TOKEN_PATH": str(self.token_file), MARK: self.mark}
+        return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | own
+
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [LAUNCH / script, *arguments],
+            env=self.environment | environment,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(script, *arguments, **environment)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def node_options(self, name: str, cpus: int, gpus: int) -> list[str]:
+        """Two nodes and other people's Ray share this machine: ports and folders that nobody else has."""
+        return [
+            f"--temp-dir={self.folder / name}",
+            f"--num-cpus={cpus}",
+            f"--num-gpus={gpus}",
+            "--object-store-memory=100000000",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            f"--dashboard-agent-listen-port={free_port()}",
+        ]
+
+
+@dataclass
+class Cluster(Scripts):
+    """A head with 2 CPUs and 1 GPU, and a second node with 1 CPU and 2 GPUs (which Ray is told, and are not there)."""
+
+    printed: str = ""
+
+    def start_nodes(self) -> None:
+        ports = [f"--port={free_port()}", f"--dashboard-port={free_port()}", f"--ray-client-server-port={free_port()}"]
+        head = self.run("ray_cluster.sh", "head", *ports, *self.node_options("h", cpus=2, gpus=1))
+        assert head.returncode == 0, head.stderr
+        self.printed = head.stdout
+        worker = self.run("ray_cluster.sh", "join", self.address, *self.node_options("w", cpus=1, gpus=2))
+        assert worker.returncode == 0, worker.stderr
+
+    @property
+    def address(self) -> str:
+        """As `head` printed it for the other machines."""
+        return re.search(r"^  \./launch/ray_cluster\.sh join (\S+)$", self.printed, re.MULTILINE)[1]
+
+    @property
+    def job_server(self) -> str:
+        return re.search(r"^  \./launch/ray_submit\.sh --address (\S+) -- ", self.printed, re.MULTILINE)[1]
+
+    def submit(self, *command: str) -> subprocess.Popen[str]:
+        return self.start("ray_submit.sh", "--address", self.job_server, "--working_dir", "code", "--", *command)
+
+
+def make_checkout(folder: Path) -> None:
+    """What a job is submitted from: a tracked file, one that git does not know, and one that it ignores."""
+    folder.mkdir()
+    (folder / "job.py").write_text(
+        "import os, pathlib\n"
+        "print('files:', sorted(map(str, pathlib.Path('.').iterdir())))\n"
+        "print('threads:', os.environ.get('OMP_NUM_THREADS'))\n"
+    )
+    (folder / ".gitignore").write_text("data\n")
+    (folder / "data").write_text("large\n")
+    (folder / "notes.txt").write_text("not added\n")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    subprocess.run(["git", "add", "job.py", ".gitignore"], cwd=folder, check=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(short_folder) -> Iterator[Cluster]:
+    cluster = Cluster(short_folder)
+    make_checkout(short_folder / "code")
+    try:
+        cluster.start_nodes()
+        yield cluster
+    finally:
+        cluster.run("ray_cluster.sh", "stop")
+
+
+# What needs no cluster
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("ray_cluster.sh", "use head, join ADDRESS or stop"),
+        ("ray_cluster.sh start", "there is no command start; use head, join ADDRESS or stop"),
+        ("ray_cluster.sh join", "join which cluster?"),
+        ("ray_cluster.sh join http://head:8265", "http://head:8265 is not the address of a head node"),
+        ("ray_cluster.sh join 127.0.0.1:1", "no token for 127.0.0.1:1, .*: copy ~/.ray/auth_token from the head"),
+        ("ray_cluster.sh head --colour red", "Ray did not start; its reason stands above"),
+        ("ray_submit.sh minigpt train", "write -- before the command"),
+        ("ray_submit.sh --working_dir nowhere -- ls", "nowhere: No such file or directory"),
+    ],
+)
+def test_bad_input_is_answered_by_one_sentence(command, sentence, tmp_path):
+    done = Scripts(tmp_path).run(*command.split())
+    assert done.returncode == 1, done.stdout
+    assert re.search(f"^error: .*{sentence}", done.stderr, re.MULTILINE), done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "command", "sentence"),
+    [
+        ({}, "", "which command?"),
+        ({"stop": "x"}, "ls", "--follow and --stop take a job that is there already"),
+        ({}, "minigpt train grpo --save_dir out/x", "--save_dir out/x would be thrown away .* give an absolute path"),
+        ({}, "minigpt train grpo --save_dir=out/x", "--save_dir out/x would be thrown away .* give an absolute path"),
+        ({}, "minigpt train grpo --data=data", "data is not sent with the code, since git does not track it"),
+        ({}, "minigpt train grpo --data ./data", "./data is not sent with the code, since git does not track it"),
+        ({"address": "127.0.0.1:1"}, "python job.py", "no job server answers at http://127.0.0.1:1"),
+        ({"working_dir": Path("/")}, "ls", "git does not list its files .*: submit from a checkout"),
+    ],
+)
+def test_submit_refuses_what_cannot_work(options, command, sentence, tmp_path, monkeypatch):
+    make_checkout(tmp_path / "code")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with pytest.raises(UserError, match=sentence):
+        submit(SubmitOptions(**{"working_dir": tmp_path / "code", **options}), command.split())
+
+
+def test_a_package_that_is_too_large_names_the_largest_files(tmp_path):
+    make_checkout(tmp_path / "code")
+    with (tmp_path / "code" / "weights.bin").open("wb") as file:
+        file.truncate(101_000_000)
+    subprocess.run(["git", "add", "weights.bin"], cwd=tmp_path / "code", check=True)
+    with pytest.raises(UserError, match=r"101 MB, more than the 100 MB that are sent; .* weights.bin \(101 MB\)"):
+        submit(SubmitOptions(working_dir=tmp_path / "code"), ["ls"])
+
+
+def test_help_teaches_the_three_commands(tmp_path):
+    done = Scripts(tmp_path).run("ray_cluster.sh", "--help")
+    assert done.returncode == 0
+    assert all(f"./launch/ray_cluster.sh {command}" in done.stdout for command in ("head", "join ADDRESS", "stop"))
+    assert "RAY_AUTH_TOKEN_PATH" in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("http://head:8265", "http://head:8265 is not the address of a head node"),
+        ("ray://head:10001", "from elsewhere, ./launch/ray_submit.sh"),
+        ("head", "write host:port"),
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1: is its head up"),
+    ],
+)
+def test_connect_says_what_is_wrong_with_an_address(address, sentence, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with pytest.raises(UserError, match=sentence):
+        connect(address)
+    assert not ray.is_initialized()
+
+
+# A cluster of two nodes
+
+
+def test_head_makes_a_token_that_only_its_owner_can_read(cluster):
+    assert cluster.token_file.stat().st_mode & 0o777 == 0o600
+    assert len(cluster.token_file.read_text()) == 64
+
+
+def answer_of_head(address: str, token: str | None) -> grpc.StatusCode:
+    """Ask a head for its cluster's id, the first thing that any Ray process does."""
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        return ask.with_call(b"", metadata=metadata, timeout=10)[1].code()
+
+
+def refused(address: str, token: str | None) -> bool:
+    with pytest.raises(grpc.RpcError) as error:
+        answer_of_head(address, token)
+    return error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_head_answers_nobody_without_its_token(cluster):
+    assert answer_of_head(cluster.address, cluster.token_file.read_text()) == grpc.StatusCode.OK
+    assert refused(cluster.address, None)
+    assert refused(cluster.address, "0" * 64)
+
+
+@pytest.mark.parametrize("token", [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_TOKEN_PATH": os.devnull}])
+def test_a_job_without_the_right_token_is_refused_in_one_sentence(cluster, token):
+    command = ["--address", cluster.job_server, "--working_dir", "code", "--", "touch", str(cluster.folder / "ran")]
+    done = cluster.run("ray_submit.sh", *command, **token)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "or one that is refused there: copy ~/.ray/auth_token from the head" in done.stderr
+    assert not (cluster.folder / "ran").exists()
+
+
+SLEEPER = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
+print("running", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster) -> dict[str, subprocess.Popen[str]]:
+    """Submitted at the same time, since a job takes Ray some seconds to start."""
+    programs = {
+        "three": "raise SystemExit(3)",
+        "raises": "def reward():\n    return 1 / 0\nreward()",
+        "killed": "import os; os.kill(os.getpid(), 9)",
+        "sleeper": SLEEPER,
+    }
+    jobs = {name: cluster.submit("python", "-c", program) for name, program in programs.items()}
+    return jobs | {"good": cluster.submit("python", "job.py")}
+
+
+def test_a_job_has_the_tracked_files_and_all_threads(jobs):
+    out, err = jobs["good"].communicate(timeout=120)
+    assert jobs["good"].returncode == 0
+    assert "files: ['.gitignore', 'job.py']" in out
+    assert "threads: None" in out
+    assert "note: git does not track notes.txt: not sent" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "printed"),
+    [("three", 3, ""), ("raises", 1, r"in reward\n(.*\n)*ZeroDivisionError: division by zero\n"), ("killed", 137, "")],
+)
+def test_a_job_that_fails_ends_with_its_own_status_and_shows_its_traceback(jobs, name, status, printed):
+    out, err = jobs[name].communicate(timeout=120)
+    assert jobs[name].returncode == status
+    assert re.search(printed, out)
+    assert re.search(r"job \S+ failed with exit status -?\d+; its log stands above\n$", err)
+
+
+def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back_and_how_to_stop_it(cluster, jobs):
+    job = jobs["sleeper"]
+    assert any(line == "running\n" for line in job.stdout)
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=20)
+    assert job.returncode == 130
+    after = err.partition("no longer following")[2]
+    stop = re.search(r"\./launch/ray_submit\.sh (--address \S+ --stop \S+)$", after, re.MULTILINE)[1].split()
+    follow = re.search(r"\./launch/ray_submit\.sh (--address \S+ --follow \S+)$", after, re.MULTILINE)[1].split()
+    follower = cluster.start("ray_submit.sh", *follow)
+    assert any(line == "running\n" for line in follower.stdout)
+    stopped = cluster.run("ray_submit.sh", *stop)
+    assert stopped.returncode == 143
+    assert "running\nsaved\n" in stopped.stdout
+    assert follower.communicate(timeout=20)[0].endswith("saved\n")
+    assert follower.returncode == 143
+
+
+def test_following_a_job_that_is_not_there_is_one_sentence(cluster):
+    done = cluster.run("ray_submit.sh", "--address", cluster.job_server, "--follow", "nothing")
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: there is no job nothing on {cluster.job_server}\n", done.stderr)
+
+
+@pytest.fixture
+def driver(cluster, monkeypatch) -> Iterator[None]:
+    """This process as a driver of the cluster, as it is inside a submitted job."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(cluster.token_file))
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    connect()
+    yield
+    disconnect()
+
+
+def test_connect_refuses_a_cluster_that_refuses_the_token(cluster, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(UserError, match=f"no token for {cluster.address}, or one that is refused there"):
+        connect(cluster.address)
+    assert "RAY_AUTH_MODE" not in os.environ  # what connect sets it takes back
+    assert not ray.is_initialized()
+
+
+LAYOUTS = [
+    ("one role on each node", [{"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 2}], None),
+    ("the small one first", [{"CPU": 1, "GPU": 1}, {"GPU": 1}, {"GPU": 1}], None),
+    ("no GPUs", [{"CPU": 1}, {"CPU": 1}, {"CPU": 1}], None),
+    ("fractions side by side", [{"GPU": 0.5}] * 6, None),
+    ("too many GPUs", [{"CPU": 1, "GPU": 1}] * 4, r"needs 4 GPUs \(policy 1, rollout 3\) and the cluster has 3"),
+    ("too many CPUs", [{"CPU": 1}] * 4, r"needs 4 CPUs \(policy 1, rollout 3\) and the cluster has 3"),
+    ("more than a node has", [{"CPU": 1, "GPU": 3}], r"policy needs 3 GPUs and 1 CPU on one node"),
+    ("no room beside the others", [{"GPU": 1}, {"CPU": 2, "GPU": 2}], r"rollout needs 2 GPUs and 2 CPUs on one node"),
+    ("fractions that fill no GPU", [{"GPU": 0.6}] * 4, r"needs 0.6 GPUs on one node"),
+    ("what the cluster does not know", [{"TPU": 1}], r"needs 1 TPU \(policy 1\) and the cluster has 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("bundles", "sentence"), [layout[1:] for layout in LAYOUTS], ids=[name for name, *_ in LAYOUTS]
+)
+def test_layouts_are_judged_as_ray_judges_them(driver, bundles, sentence):
+    roles = ["policy", *["rollout"] * (len(bundles) - 1)]
+    if sentence is None:
+        check_resources(bundles, roles)
+    else:
+        with pytest.raises(UserError, match=sentence):
+            check_resources(bundles, roles)
+    group = placement_group([dict(bundle) for bundle in bundles])
+    assert group.wait(0.5 if sentence else 10.0) is (sentence is None)
+    remove_placement_group(group)
+
+
+def test_what_others_use_is_named(driver):
+    holder = ray.remote(num_gpus=2)(threading.Event).remote()
+    ray.get(holder.is_set.remote())
+    check_resources([{"GPU": 1}], ["policy"])
+    with pytest.raises(UserError, match=r"policy needs 2 GPUs on one node, and other jobs use what the cluster has"):
+        check_resources([{"GPU": 2}], ["policy"], patience_s=0.5)
+    ray.kill(holder)
+    check_resources([{"GPU": 2}], ["policy"])  # waits until they are free again
+
+
+# A Ray of our own
+
+DRIVER = """
+import os, signal, sys, threading
+from minigpt.rl.cluster import connect, disconnect
+import ray
+
+def save(*_): ...
+signal.signal(signal.SIGTERM, save)
+connect(num_cpus=2)
+assert signal.getsignal(signal.SIGTERM) is save
+
+@ray.remote(num_cpus=1)
+class Worker:
+    def threads(self):
+        import torch
+        torch.set_num_threads(2)
+        return torch.get_num_threads()
+    def spin(self):
+        while True: ...
+    def crash_here(self):
+        import ctypes
+        ctypes.string_at(0)
+"""
+
+
+def start_driver(program: str, folder: Path, mark: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER + program],
+        env=environment | {MARK: mark, "RAY_TMPDIR": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_private_ray_is_closed_to_others_shows_dead_actors_and_leaves_nothing(short_folder):
+    program = """
+worker = Worker.remote()
+print(ray.get(worker.threads.remote()), ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"], flush=True)
+sys.stdin.readline()
+try:
+    ray.get(worker.crash_here.remote())
+except ray.exceptions.ActorDiedError:
+    print("died", flush=True)
+sys.stdin.readline()
+disconnect()
+print({name for name in os.environ if name.startswith("RAY_AUTH")}, flush=True)
+sys.stdin.readline()
+"""
+    mark = uuid.uuid4().hex
+    driver = start_driver(program, short_folder, mark)
+    try:
+        threads, address, token = driver.stdout.readline().split()
+        assert threads == "2"
+        assert answer_of_head(address, token) == grpc.StatusCode.OK
+        assert refused(address, None)
+        driver.stdin.write("\n")
+        driver.stdin.flush()
+        assert "died\n" in driver.stdout
+        assert any("crash_here" in line for line in driver.stderr)
+        driver.stdin.write("\n")
+        driver.stdin.flush()
+        assert driver.stdout.readline() == "set()\n"
+        assert wait_until(lambda: len(marked(mark)) == 1), marked(mark)  # the driver itself
+    finally:
+        driver.kill()
+        driver.communicate()
+
+
+def test_stop_ends_this_cluster_and_nothing_else_and_a_killed_driver_takes_its_ray_along(cluster, short_folder):
+    mark = uuid.uuid4().hex
+    bystander = start_driver(
+        "Worker.remote().spin.remote()\nprint('up', flush=True)\nsys.stdin.readline()", short_folder, mark
+    )
+    job = cluster.submit("python", "-c", SLEEPER)
+    try:
+        assert bystander.stdout.readline() == "up\n"
+        assert any(line == "running\n" for line in job.stdout)
+        assert wait_until(lambda: "ray::Worker.spin" in " ".join(marked(mark)))
+        stopped = cluster.run("ray_cluster.sh", "stop")
+        assert stopped.returncode == 0
+        assert stopped.stderr == "stopped 2 Ray node(s) on this machine\n"
+        _, err = job.communicate(timeout=20)
+        assert job.returncode == 1
+        assert re.search("error: the connection to .* broke", err)
+        assert wait_until(lambda: not marked(cluster.mark)), marked(cluster.mark)
+        assert "ray::Worker.spin" in " ".join(marked(mark))
+    finally:
+        bystander.kill()
+        bystander.communicate()
+    assert wait_until(lambda: not marked(mark)), marked(mark)
