@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from minigpt.cli import VERBS, parse_options
+from minigpt.rl.submit import SubmitOptions
 from minigpt.trainer.train_full_sft import SFTOptions
 from minigpt.trainer.train_lora import LoRATrainOptions
 from minigpt.trainer.train_pretrain import PretrainOptions
@@ -35,6 +36,7 @@ SCRIPTS = {
 STAGES = {"pretrain": PretrainOptions, "sft": SFTOptions, "lora": LoRATrainOptions}
 GENERAL_FLAGS = {"--help", "--debug", "--config", "--print_config", "--version", "--batch_size"}
 LAUNCHER_FLAGS = {"--num_gpus", "--hostfile"}
+RAY_FLAGS = {"--num-cpus", "--num-gpus", "--port", "--dashboard-port", "--dashboard-host"}  # of `ray start`
 
 
 def name_of(page: Path) -> str:
@@ -200,6 +202,8 @@ def check_launcher(program: str, arguments: list[str]) -> None:
         if "--" in rest:
             rest = rest[rest.index("--") + 1 :]
         parse_options(STAGES[stage], rest)
+    elif program.endswith("ray_submit.sh"):
+        parse_options(SubmitOptions, arguments[: arguments.index("--")])
     elif program.endswith("quickstart.sh"):
         check_verb(["quickstart", *arguments])
 
@@ -212,7 +216,7 @@ def test_commands_in_code_blocks_parse(page):
 
 
 def flags() -> set[str]:
-    known = GENERAL_FLAGS | LAUNCHER_FLAGS
+    known = GENERAL_FLAGS | LAUNCHER_FLAGS | RAY_FLAGS
     for verb in VERBS.values():
         module, _, name = verb.options.partition(":")
         options = getattr(importlib.import_module(module), name)
