@@ -127,7 +127,11 @@ class Bundle:
 
 
 def bundles(layout: Layout, roles: list[str]) -> list[Bundle]:
-    """The bundles of a placement group for the roles that a run has."""
+    """The bundles of a placement group for the roles that a run has.
+
+    The share of a GPU of a role that the run does not have stays with those that it was to sit beside: two ranks of an
+    engine, each with less than half a GPU, would be put on the same one.
+    """
     placed: dict[tuple[str, int], Bundle] = {}
     found: list[Bundle] = []
     for role in sorted(roles, key=lambda name: layout[name].beside is not None):
@@ -142,6 +146,10 @@ def bundles(layout: Layout, roles: list[str]) -> list[Bundle]:
                     bundle.resources[resource] = round(bundle.resources.get(resource, 0.0) + amount, 6)
             bundle.workers.append((role, rank))
             placed[role, rank] = bundle
+    for role in set(ROLES) - set(roles):
+        for rank in range(layout[role].workers if layout[role].gpus else 0):
+            if (bundle := placed.get((layout[role].beside or "", rank))) is not None:
+                bundle.resources["GPU"] = round(bundle.resources.get("GPU", 0.0) + layout[role].gpus, 6)
     for bundle in found:
         bundle.resources.setdefault("CPU", 0.01)  # an empty bundle cannot be placed
     return found
