@@ -1,6 +1,6 @@
 """From nothing to a model that chats and thinks, in minutes: the whole road once, on the embedded micro-world.
 
-    generate → pack → pretrain → SFT → reasoning → LoRA → held-out questions → chat samples → report
+    generate → pack → pretrain → SFT → reasoning → GRPO, or more reasoning → LoRA → held-out questions → chat → report
 
 Every step is the same code that the other commands run; this file only chooses a recipe that fits the machine and
 tells what happened.
@@ -23,18 +23,40 @@ from minigpt.errors import UserError
 
 if TYPE_CHECKING:
     from minigpt.observe.hardware import Probe
+    from minigpt.rl.options import GRPOOptions
     from minigpt.trainer.options import TrainOptions
 
 GREETINGS = ("你是谁？", "Who are you?")
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A stage of the road.
+
+    Attributes:
+        teaches: What it is for, in words.
+        after: The stage that it starts from; None: random weights.
+        data: The micro-world's file that it learns from.
+        packed_as: The `--stage` of its packing.
+    """
+
+    teaches: str
+    after: str | None
+    data: str
+    packed_as: str
+
+
 ROAD = {
-    "pretrain": "the language and the world, from random weights",
-    "sft": "to answer when spoken to",
-    "reason": "to think before it answers",
-    "lora": "to be somebody else: a small adapter, the model itself stays frozen",
+    "pretrain": Leg("the language and the world, from random weights", None, "pretrain", "pretrain"),
+    "sft": Leg("to answer when spoken to", "pretrain", "sft", "sft"),
+    "reason_start": Leg("to think before it answers; stopped while it still errs", "sft", "reason", "reason"),
+    "grpo": Leg("to be right, by rewards for its own answers: nobody shows it how", "reason_start", "prompt", "prompt"),
+    "reason": Leg(
+        "the same by being shown more: the other way to go on from there", "reason_start", "reason", "reason"
+    ),
+    "lora": Leg("to be somebody else: a small adapter, the model stays frozen", "reason", "persona", "sft"),
 }
-"""The stages in order, and what each teaches. Each starts from the one before."""
-DATA = {"pretrain": "pretrain", "sft": "sft", "reason": "reason", "lora": "persona"}
-"""The micro-world's file that each stage learns from."""
+"""The stages in order."""
 
 
 @dataclass
@@ -61,7 +83,7 @@ class Recipe:
     Attributes:
         model: Fields of TrainOptions that give the shape and precision.
         rows: Packed rows a step.
-        stages: Optimizer steps and peak learning rate of each stage.
+        stages: Steps and peak learning rate of each stage.
         efficiency: Part of the machine's matrix-product rate that training reaches, for the prediction.
         overhead: Seconds that are not training: start-up, compilation, packing, evaluation.
         world: Size of the micro-world.
@@ -79,16 +101,19 @@ SEQ_LEN = 256
 RECIPES = {
     "cpu-bf16": Recipe(
         {"preset": "s", "dtype": "bf16"},
-        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason": (400, 1e-3), "lora": (60, 4e-3)}, 0.40, 130,
+        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (90, 1e-3), "grpo": (80, 3e-4),
+            "reason": (310, 1e-3), "lora": (60, 4e-3)}, 0.40, 280,
     ),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,
          "num_key_value_heads": 3, "dtype": "fp32"},
-        8, {"pretrain": (600, 6e-3), "sft": (280, 3e-3), "reason": (320, 2e-3), "lora": (60, 4e-3)}, 0.45, 110,
+        8, {"pretrain": (600, 6e-3), "sft": (280, 3e-3), "reason_start": (90, 1e-3), "grpo": (80, 3e-4),
+            "reason": (230, 1e-3), "lora": (60, 4e-3)}, 0.45, 280,
     ),
     "gpu": Recipe(
         {"preset": "s", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "dtype": "bf16"},
-        32, {"pretrain": (1000, 3e-3), "sft": (500, 1e-3), "reason": (400, 1e-3), "lora": (60, 2e-3)}, 0.15, 110,
+        32, {"pretrain": (1000, 3e-3), "sft": (500, 1e-3), "reason_start": (60, 1e-3), "grpo": (80, 1e-4),
+             "reason": (340, 1e-3), "lora": (60, 2e-3)}, 0.15, 200,
     ),
 }  # fmt: skip
 
@@ -120,6 +145,7 @@ def quickstart(options: QuickstartOptions) -> None:
         "seconds": time.monotonic() - started,
         "hardware": summaries["sft"]["hardware"],
         "failures": _failures(data, replies),
+        "grpo": {key: summaries["grpo"][key] for key in ("before", "after", "steps", "seconds")},
     }
     _write_report(folder, summary)
     _show(folder, summary)
@@ -136,7 +162,7 @@ def _choose(options: QuickstartOptions) -> tuple[Probe, str, Recipe]:
 
 
 def _announce(probe: Probe, name: str, recipe: Recipe) -> None:
-    tokens = sum(steps for steps, _ in recipe.stages.values()) * recipe.rows * SEQ_LEN
+    tokens = sum(steps for name, (steps, _) in recipe.stages.items() if name != "grpo") * recipe.rows * SEQ_LEN
     seconds = recipe.overhead + probe.training_seconds(_parameters(recipe), tokens, efficiency=recipe.efficiency)
     print(f"machine: {probe.describe()} → preset {name}, about {seconds / 60:.0f} minutes")
 
@@ -158,25 +184,26 @@ def _prepare_data(folder: Path, seed: int, world: Literal["tiny", "small", "quic
     print(f"\n[1/{len(ROAD) + 3}] data: a small world in Chinese and English", flush=True)
     files = write_microworld(folder / "microworld", MicroWorldOptions(seed=seed, size=world))
     with progress_bar() as progress:
-        for stage, name in DATA.items():
-            packed_as = "sft" if stage == "lora" else stage
-            output = folder / "data" / name
+        for leg in {leg.data: leg for leg in ROAD.values()}.values():
+            output = folder / "data" / leg.data
             options = PackOptions(
-                stage=packed_as,  # type: ignore[arg-type]
-                input=[files[name]],
+                stage=leg.packed_as,  # type: ignore[arg-type]
+                input=[files[leg.data]],
                 output=output,
                 seq_len=SEQ_LEN,
                 valid_fraction=0.01,
             )
             manifest = pack(options, progress)
-            files[f"{stage}_packed"] = output
+            files[f"{leg.data}_packed"] = output
             rows = manifest["splits"]["train"]["rows"]
-            print(f"      {name}: {rows:,} rows of {SEQ_LEN} tokens", flush=True)
+            what = "prompts" if leg.packed_as == "prompt" else f"rows of {SEQ_LEN} tokens"
+            print(f"      {leg.data}: {rows:,} {what}", flush=True)
     return files
 
 
 def _train(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[str, Path]) -> dict[str, Any]:
     """Every stage of the road; the summary of each."""
+    from minigpt.rl.run import train as train_by_reward
     from minigpt.trainer.loop import train
     from minigpt.trainer.train_full_sft import SFT, SFTOptions
     from minigpt.trainer.train_lora import LORA, LoRATrainOptions
@@ -186,19 +213,22 @@ def _train(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[
     trained = {
         "pretrain": (PRETRAIN, PretrainOptions),
         "sft": (SFT, SFTOptions),
+        "reason_start": (REASON, ReasonOptions),
         "reason": (REASON, ReasonOptions),
         "lora": (LORA, LoRATrainOptions),
     }
     summaries: dict[str, Any] = {}
-    before: Path | None = None
-    for number, (name, teaches) in enumerate(ROAD.items(), start=2):
-        print(f"\n[{number}/{len(ROAD) + 3}] {name}: {teaches}", flush=True)
+    for number, (name, leg) in enumerate(ROAD.items(), start=2):
+        print(f"\n[{number}/{len(ROAD) + 3}] {name}: {leg.teaches}", flush=True)
+        if name == "grpo":
+            summaries[name] = train_by_reward(_grpo_options(folder, options, recipe, data), "grpo")
+            continue
         stage, stage_options = trained[name]
         steps, rate = recipe.stages[name]
         choice = stage_options(
-            data=[data[f"{name}_packed"]],
+            data=[data[f"{leg.data}_packed"]],
             save_dir=folder / name,
-            init=before,
+            init=None if leg.after is None else folder / leg.after,
             max_steps=steps,
             learning_rate=rate,
             global_batch_size=recipe.rows,
@@ -211,8 +241,29 @@ def _train(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[
         if name != "lora":  # one compiled graph serves all of them, so it pays for the short ones too
             choice = replace(choice, compile=_compiles(choice))
         summaries[name] = train(stage, choice)
-        before = folder / name
     return summaries
+
+
+def _grpo_options(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[str, Path]) -> GRPOOptions:
+    """Sums with thinking, rewarded for the right answer and nothing else."""
+    from minigpt.rl.options import GRPOOptions
+
+    steps, rate = recipe.stages["grpo"]
+    return GRPOOptions(
+        data=[data["prompt_packed"]],
+        save_dir=folder / "grpo",
+        init=folder / str(ROAD["grpo"].after),
+        reward=["accuracy"],
+        thinking=True,
+        prompts_per_step=16,
+        samples_per_prompt=8,
+        max_new_tokens=80,
+        max_steps=steps,
+        learning_rate=rate,
+        dtype=recipe.model["dtype"],
+        seed=options.seed,
+        recipe="quickstart-grpo",
+    )
 
 
 def _compiles(options: TrainOptions) -> bool | None:
@@ -231,9 +282,9 @@ Replies = dict[tuple[str, str], list[str]]
 # A held-out task: its file, whether thinking is switched on or off, tokens of the longest reply, and which stages
 # are asked. A pretrained model knows neither chats nor tags, so it is asked only what everybody is asked.
 TASKS: dict[str, tuple[str, bool | None, int, tuple[str, ...]]] = {
-    "questions": ("heldout_qa", None, 48, ("pretrain", "sft", "reason")),
-    "sums at once": ("heldout_sums", False, 16, ("pretrain", "sft", "reason")),
-    "sums with thinking": ("heldout_sums", True, 96, ("sft", "reason")),
+    "questions": ("heldout_qa", None, 48, ("pretrain", "sft", "reason_start", "grpo", "reason")),
+    "sums at once": ("heldout_sums", False, 16, ("pretrain", "sft", "reason_start", "grpo", "reason")),
+    "sums with thinking": ("heldout_sums", True, 96, ("sft", "reason_start", "grpo", "reason")),
 }
 
 
@@ -249,7 +300,7 @@ def _ask_heldout(folder: Path, data: dict[str, Path]) -> tuple[dict[str, Any], R
     known = [
         json.loads(line) for name in ("sft", "reason") for line in data[name].read_text(encoding="utf-8").splitlines()
     ]
-    models = {stage: load_for_inference(folder / stage) for stage in ("pretrain", "sft", "reason")}
+    models = {stage: load_for_inference(folder / stage) for stage in TASKS["questions"][3]}
     look_ups: dict[str, float] = {}
     results: dict[str, Any] = {}
     replies: Replies = {}
@@ -352,8 +403,8 @@ def _stage_rows(summaries: dict[str, Any], heldout: dict[str, Any]) -> list[dict
         rows.append(
             {
                 "stage": stage,
-                "loss": summary["valid_loss"],
-                "bits_per_byte": summary["bits_per_byte"],
+                "loss": summary.get("valid_loss"),
+                "bits_per_byte": summary.get("bits_per_byte"),
                 **accuracies,
                 "tokens_per_second": summary["tokens_per_second"],
                 "seconds": summary["seconds"],
@@ -384,8 +435,7 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     for row in summary["stages"]:
         stages.add_row(
             row["stage"],
-            f"{row['loss']:.3f}",
-            f"{row['bits_per_byte']:.3f}",
+            *("" if row[key] is None else f"{row[key]:.3f}" for key in ("loss", "bits_per_byte")),
             *(_share(row[name.replace(" ", "_")]) for name in TASKS),
             f"{row['tokens_per_second']:,.0f}",
             f"{row['seconds']:.0f} s",
@@ -405,6 +455,7 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     console.print(stages)
     console.print(tasks)
     console.print(captain)
+    console.print(_what_rewards_did(summary))
     for sample in summary["samples"]:
         speaker = "MiniGPT" if sample["model"] == "reason" else "adapter"
         console.print(f"\n[bold]you[/bold]      {escape(sample['prompt'])}")
@@ -418,9 +469,21 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
         f"  minigpt chat {run}                   talk to it (try: 请算一算 38 加 47。)\n"
         f"  minigpt chat {folder / 'lora'}                     the same model with its adapter\n"
         f"  minigpt generate {run} --prompt '你好'   one answer\n"
+        f"  minigpt train grpo --help               rewards of your own: docs/rewards.md\n"
         "  minigpt data inspect FILE               look at your own text, then: minigpt data pack --help\n"
         "  minigpt train pretrain --help           train on it\n"
         "  minigpt verify 1                        the ten milestones, one check each"
+    )
+
+
+def _what_rewards_did(summary: dict[str, Any]) -> str:
+    """GRPO against the same start with more supervised steps, in a sentence."""
+    sums = summary["heldout"]["sums with thinking"]
+    start, grpo, shown = (sums[f"after_{stage}"] for stage in ("reason_start", "grpo", "reason"))
+    seconds = {row["stage"]: row["seconds"] for row in summary["stages"]}
+    return (
+        f"\nSums with thinking: {start:.1%} where both ways part. Rewards alone (GRPO, {seconds['grpo']:.0f} s): "
+        f"{grpo:.1%}. More worked examples ({seconds['reason']:.0f} s): {shown:.1%}."
     )
 
 

@@ -28,19 +28,23 @@ def test_it_goes_the_whole_road_once_and_shows_it_again(tmp_path, monkeypatch, c
     main(command)
     told = capsys.readouterr().out
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    assert [row["stage"] for row in summary["stages"]] == ["pretrain", "sft", "reason", "lora"]
-    for stage, before in (("sft", "pretrain"), ("reason", "sft"), ("lora", "reason")):
-        assert json.loads((folder / stage / "summary.json").read_text())["init"] == f"from {folder / before}"
+    assert [row["stage"] for row in summary["stages"]] == list(quickstart.ROAD)
+    for stage, leg in quickstart.ROAD.items():
+        started_from = json.loads((folder / stage / "summary.json").read_text())["init"]
+        assert started_from == ("random weights" if leg.after is None else f"from {folder / leg.after}")
     for name in ("questions", "sums at once", "sums with thinking"):
         task = summary["heldout"][name]
         assert task["n"] == 24
         assert 0 <= task["after_reason"] <= 1
+        assert 0 <= task["after_grpo"] <= 1
         assert task["nearest_neighbour"] <= 0.25
         assert name.split(" with")[0] in told
     assert summary["persona"]["adapter_on"].keys() == {"in_persona", "interval", "right"}
     assert (folder / "lora" / "adapter" / "adapter_config.json").is_file()
     assert {sample["model"] for sample in summary["samples"]} == {"reason", "lora"}
     assert "Captain Mini" in told
+    assert "Rewards alone" in told
+    assert summary["grpo"]["before"]["prompts"] == summary["grpo"]["after"]["prompts"] > 0
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "sums with thinking" in report
     main(command)

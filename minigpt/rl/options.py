@@ -76,7 +76,7 @@ class RLOptions:
         restarts: A dead trainer rank restarts the run from its last checkpoint, at most so many times.
         timeout: Seconds after which a call to a worker counts as hung.
         reward_processes: Processes that rewards are computed in.
-        reward_timeout: Seconds for the reward of one answer.
+        reward_timeout: Seconds for one call of one reward function.
         reward_memory_mb: Memory of such a process.
         lora_rank: Rank of the adapter that is trained while the model is frozen; the reference is the model without
             it. 0: all weights are trained.

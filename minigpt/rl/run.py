@@ -218,7 +218,7 @@ class _Attempt:
             "parameters": self.facts["policy"]["parameters"],
             "vocab_size": self.network.config.vocab_size,
             "zero_stage": self.facts["policy"]["zero_stage"],
-            "init": str(self.job.init),
+            "init": f"from {self.job.init}",
             "fingerprint": self.data.fingerprint,
             "hardware": describe_hardware(),
             "versions": {name: package_version(name) for name in (*PACKAGES, "ray")},
