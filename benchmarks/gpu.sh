@@ -42,18 +42,30 @@ run() {
 
 gpu_tests=("$python" -m pytest -m gpu -q --no-header -p no:cacheprovider)
 [ "${#smoke[@]}" -gt 0 ] && gpu_tests+=(--collect-only) # they cannot run on every machine
-run gpu_tests 120 "${gpu_tests[@]}"
+run gpu_tests 90 "${gpu_tests[@]}"
 {
     echo "## Tests marked gpu"
     echo
     tail -n 1 "$out/gpu_tests.log"
     echo
 } >>"$report"
-run presets 250 "$python" benchmarks/presets.py --limit_seconds 100 --json "$out/presets.json" --markdown "$report" "${smoke[@]}"
-run startup 20 "$python" benchmarks/startup.py --rounds 5 --json "$out/startup.json" --markdown "$report" "${smoke[@]}"
-run train 60 "$python" benchmarks/train.py --rounds 3 --steps 20 --peers bf16 --json "$out/train.json" --markdown "$report" "${smoke[@]}"
-run sft 90 "$python" benchmarks/sft.py --rounds 3 --bucket_multiple 128 --json "$out/sft.json" --markdown "$report" "${smoke[@]}"
-run packing 40 "$python" benchmarks/packing.py --megabytes 4 --rounds 1 --json "$out/packing.json"
+# bench NAME SECONDS OPTIONS…: benchmarks/NAME.py with its results where the others are.
+bench() {
+    local name=$1 limit=$2
+    shift 2
+    run "$name" "$limit" "$python" "benchmarks/$name.py" "$@" --json "$out/$name.json" --markdown "$report" "${smoke[@]}"
+}
+
+bench presets 170 --limit_seconds 70
+bench startup 15 --rounds 3
+bench train 40 --rounds 3 --steps 20 --peers bf16
+bench sft 50 --rounds 3 --bucket_multiple 128
+bench lora 40 --rounds 2
+bench dpo 40 --rounds 2
+bench generate 45 --rounds 2
+bench serve 30
+bench grpo 45 --rounds 1 --peers
+run packing 20 "$python" benchmarks/packing.py --megabytes 4 --rounds 1 --json "$out/packing.json"
 
 if [ "${#failed[@]}" -gt 0 ]; then
     {
