@@ -45,6 +45,7 @@ class Decoder:
         self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
         weight = model.model.embed_tokens.weight
         self.dtype, self.device = weight.dtype, weight.device
+        self.prepares = sum(p.numel() * p.element_size() for p in model.parameters()) <= PREPARED_BYTES
         positions = torch.arange(max_length, device=self.device)[None]
         cos, sin = model.model.rope(positions, self.dtype)
         first, second = sin[0].chunk(2, dim=-1)
@@ -55,8 +56,7 @@ class Decoder:
     @torch.inference_mode()
     def refresh(self) -> None:
         """Read the weights of the model again, after they changed."""
-        transformer = self.model.model
-        small = sum(p.numel() * p.element_size() for p in self.model.parameters()) <= PREPARED_BYTES
+        transformer, small = self.model.model, self.prepares
         self.embedding_VE = transformer.embed_tokens.weight.detach()
         self.layers = []
         for block in transformer.layers:
@@ -65,22 +65,22 @@ class Decoder:
             if self.model.config.qk_norm:
                 heads = torch.cat(
                     (
-                        _weight_of(attention.q_norm).expand(self.num_heads, -1),
-                        _weight_of(attention.k_norm).expand(self.num_kv_heads, -1),
+                        norm_weight(attention.q_norm).expand(self.num_heads, -1),
+                        norm_weight(attention.k_norm).expand(self.num_kv_heads, -1),
                     )
                 )
             self.layers.append(
                 _Layer(
-                    input_norm=_weight_of(block.input_layernorm),
+                    input_norm=norm_weight(block.input_layernorm),
                     qkv=_Product((attention.q_proj, attention.k_proj, attention.v_proj), small, self.rows),
                     head_norm=heads,
                     out=_Product((attention.o_proj,), small, self.rows),
-                    mlp_norm=_weight_of(block.post_attention_layernorm),
+                    mlp_norm=norm_weight(block.post_attention_layernorm),
                     gate_up=_Product((mlp.gate_proj, mlp.up_proj), small, self.rows),
                     down=_Product((mlp.down_proj,), small, self.rows),
                 )
             )
-        self.final_norm = _weight_of(transformer.norm)
+        self.final_norm = norm_weight(transformer.norm)
         head = getattr(self.model, "lm_head", None)
         self.head = None if head is None else _Product((head,), small, self.rows)
 
@@ -134,7 +134,7 @@ class _Product:
     """x W^T + b, where W is several linear layers that read the same x, one above the other."""
 
     def __init__(self, layers: Sequence[nn.Linear], prepare: bool, rows: int) -> None:
-        weights = [_adapted(layer) for layer in layers]
+        weights = [adapted_weight(layer) for layer in layers]
         biases = [layer.bias for layer in layers]
         self._bias = torch.cat([b.detach() for b in biases]) if all(b is not None for b in biases) else None
         self._parts = weights
@@ -168,11 +168,11 @@ def _packs(weight: torch.Tensor) -> bool:
     )
 
 
-def _adapted(layer: nn.Linear) -> torch.Tensor:
+def adapted_weight(layer: nn.Linear) -> torch.Tensor:
     """The weight with the active adapter in it, where the layer is one of `model_lora.py`."""
     adapted = getattr(layer, "adapted_weight", None)
     return (adapted() if adapted is not None else layer.weight).detach()
 
 
-def _weight_of(norm: nn.Module | torch.Tensor) -> torch.Tensor:
+def norm_weight(norm: nn.Module | torch.Tensor) -> torch.Tensor:
     return cast("torch.Tensor", cast("nn.Module", norm).weight).detach()

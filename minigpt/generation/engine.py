@@ -32,8 +32,9 @@ import numpy as np
 import torch
 
 from minigpt.generation.decoder import Attend, Decoder
+from minigpt.generation.native import NativeDecoder, draws_of
 from minigpt.generation.prefix_cache import PrefixCache
-from minigpt.generation.sampling import SamplingParams, SamplingTensors, sample, uniforms
+from minigpt.generation.sampling import SamplingParams, SamplingTensors, adjust, sample, uniforms
 from minigpt.generation.text import Decode, StopStrings, TextStream
 from minigpt.model.attention import AttentionPattern, attention, cached_pattern, decode_attention, packed_pattern
 from minigpt.model.kv_cache import KVCache
@@ -48,6 +49,7 @@ PREFILL_CHUNK = 2048  # prompt tokens that are read between two decode steps
 UNIFORMS_BLOCK = 64  # random numbers are made for so many tokens of a sequence at once
 END_IDS = (2, 0)  # <|im_end|> and <|endoftext|> of MiniGPT's own tokenizer
 
+_Drawn = tuple[list[int], list[float], list[float]]
 OnToken = Callable[[int, int], None]
 OnSampleToken = Callable[[int, int, "float | None"], None]
 
@@ -119,6 +121,7 @@ class _Sequence:
         self.ids = list(request.prompt_ids)  # prompt and new tokens
         self.in_cache = 0  # how many of them the slot's row holds
         self.decoding = False  # all but the last one, which a decode step takes
+        self.shares_prompt = False  # its row begins with the very bits that other samples' rows begin with
         self.stop_ids = frozenset(request.params.stop_token_ids)
         decode, stop = request._decode, request.params.stop
         self.watcher = _StopWatcher(decode, stop) if decode and stop else None
@@ -205,6 +208,7 @@ class Engine:
         self.prefill_chunk, self.version = prefill_chunk, 0
         self.decoder = Decoder(model, self.max_length, slots)
         self.device = self.decoder.device
+        self._native = NativeDecoder(self.decoder, slots) if NativeDecoder.covers(self.decoder) else None
         self._prefix = PrefixCache(prefix_cache_tokens, INVARIANT_CHUNK if batch_invariant else PREFIX_BLOCK)
         self._counters = EngineStats(slots)
         self._waiting: deque[_Sequence] = deque()
@@ -212,6 +216,7 @@ class Engine:
         self._used = 0  # rows 0 .. _used - 1 are computed
         self._cache = self._new_cache(1)
         self._sampling: SamplingTensors | None = None  # of the used rows; None: to be made again
+        self._draws = draws_of([], 1)  # the same for `native.py`
         self._bias_BV: torch.Tensor | None = None
         self._seen_BV: torch.Tensor | None = None
 
@@ -355,10 +360,13 @@ class Engine:
         """The same, after somebody else changed the model's weights in place."""
         self.version += 1
         self.decoder.refresh()
+        if self._native is not None:
+            self._native.refresh()
         self._prefix.clear()
         for sequence in (*self._rows, *self._waiting):
             if sequence is not None:
                 sequence.in_cache, sequence.decoding, sequence.request._read = 0, False, None
+                sequence.shares_prompt = False
         return self.version
 
     # --------------------------------------------------------------------------------------------------------- steps
@@ -377,7 +385,9 @@ class Engine:
             return []
         decoding = [sequence is not None and sequence.decoding for sequence in self._rows[: self._used]]
         read = self._read_prompts()
-        if any(decoding):
+        if self._native is not None:
+            logits_BV = self._decode_natively(self._native, decoding)
+        elif any(decoding):
             logits_BV = self._decode(decoding)
         else:
             logits_BV = torch.zeros(self._used, self.model.config.vocab_size, device=self.device)
@@ -515,7 +525,7 @@ class Engine:
                 ready.append((row, request._read.logits_V))
             else:
                 continue
-            sequence.in_cache = len(sequence.ids)
+            sequence.in_cache, sequence.shares_prompt = len(sequence.ids), sequence.is_prompt
         for request, row in readers.items():
             if request._waiting:
                 kv = self._cache.read(row, 0, len(request.prompt_ids))
@@ -600,6 +610,23 @@ class Engine:
         self._counters.steps += 1
         return self.decoder.logits(self.decoder.hidden(torch.tensor(ids, device=self.device), positions_B, attend))
 
+    def _decode_natively(self, native: NativeDecoder, decoding: list[bool]) -> torch.Tensor:
+        """The same in one call. Samples of a request read the prompt where the first of them has it, so that it comes
+        from memory once."""
+        tokens: list[tuple[int, int, int, int, int]] = []
+        lenders: dict[Request, int] = {}
+        for row, sequence in enumerate(self._rows[: self._used]):
+            if sequence is None or not decoding[row]:
+                continue
+            shared = len(sequence.request.prompt_ids) if sequence.shares_prompt else 0
+            lender = lenders.setdefault(sequence.request, row) if shared else row
+            tokens.append((sequence.ids[-1], row, sequence.in_cache, lender, shared))
+            sequence.in_cache += 1
+        if tokens:
+            native.decode(tokens, self._cache)
+            self._counters.steps += 1
+        return native.logits_BV[: self._used]
+
     def _attend_together(self, positions_B: torch.Tensor, positions: list[int]) -> Attend:
         """One call a layer over the part of the cache that any row uses."""
         B, longest, kv = len(positions), max(positions) + 1, self._cache.kv
@@ -632,31 +659,17 @@ class Engine:
     def _sample(self, logits_BV: torch.Tensor, chosen: list[bool]) -> list[Request]:
         """Samples the next token of the chosen rows; the requests that end with it."""
         rows = self._rows[: self._used]
-        if self._sampling is None:
-            params = [IDLE if s is None else s.request.params for s in rows]
-            self._sampling = SamplingTensors.of(params, logits_BV.shape[1], self.device)
-        uniforms_B = None
-        if not self._sampling.all_greedy:
-            numbers = [s.next_uniform() if s is not None and c else 0.0 for s, c in zip(rows, chosen, strict=True)]
-            uniforms_B = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        seen_BV = None if self._seen_BV is None else self._seen_BV[: self._used]
-        bias_BV = None if self._bias_BV is None else self._bias_BV[: self._used]
         wanted = any(s is not None and s.request._wants_log_probs for s in rows)
-        draw = sample(logits_BV, self._sampling, uniforms_B, seen_BV, bias_BV, log_probs=wanted)
-        if seen_BV is not None:
-            chosen_B = torch.tensor(chosen, device=self.device)[:, None]
-            seen_BV.scatter_(1, draw.ids[:, None], seen_BV.gather(1, draw.ids[:, None]) | chosen_B)
-        ids = draw.ids.tolist()
-        log_probs = draw.log_probs.tolist() if draw.log_probs is not None else None
-        behaviour = draw.behaviour_log_probs.tolist() if draw.behaviour_log_probs is not None else None
+        ids, log_probs, behaviour = self._draw(logits_BV, chosen, wanted)
+        if self._seen_BV is not None:
+            drawn_rows = [row for row in range(self._used) if chosen[row]]
+            self._seen_BV[drawn_rows, [ids[row] for row in drawn_rows]] = True
         finished: list[Request] = []
         for row, sequence in enumerate(rows):
             if sequence is None or not chosen[row] or sequence.request.done:
                 continue  # the last: cancelled by a callback just now
             completion = sequence.completion
             if completion.log_probs is not None:
-                assert log_probs is not None
-                assert behaviour is not None
                 assert completion.behaviour_log_probs is not None
                 assert completion.versions is not None
                 completion.log_probs.append(log_probs[row])
@@ -665,6 +678,30 @@ class Engine:
             if self._take(row, sequence, ids[row]) and sequence.request.done:
                 finished.append(sequence.request)
         return finished
+
+    def _draw(self, logits_BV: torch.Tensor, chosen: list[bool], log_probs: bool) -> _Drawn:
+        """A token for every used row, and its log-probabilities; those of rows that are not chosen mean nothing."""
+        rows = self._rows[: self._used]
+        if self._sampling is None:
+            params = [IDLE if s is None else s.request.params for s in rows]
+            self._sampling = SamplingTensors.of(params, logits_BV.shape[1], self.device)
+            self._draws = draws_of(params, logits_BV.shape[1])
+        seen_BV = None if self._seen_BV is None else self._seen_BV[: self._used]
+        bias_BV = None if self._bias_BV is None else self._bias_BV[: self._used]
+        numbers = None
+        if not self._sampling.all_greedy:
+            numbers = [s.next_uniform() if s is not None and c else 0.0 for s, c in zip(rows, chosen, strict=True)]
+        if self._native is not None:
+            self._draws["uniform"] = 0.0 if numbers is None else numbers
+            adjusted_BV = adjust(logits_BV, self._sampling, seen_BV, bias_BV)
+            self._native.draw(self._draws, log_probs, None if adjusted_BV is logits_BV else adjusted_BV)
+            ids, own, behaviour = (self._draws[name].tolist() for name in ("id", "log_prob", "behaviour_log_prob"))
+            return ids, own, behaviour
+        uniforms_B = None if numbers is None else torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        drawn = sample(logits_BV, self._sampling, uniforms_B, seen_BV, bias_BV, log_probs=log_probs)
+        if drawn.log_probs is None or drawn.behaviour_log_probs is None:
+            return drawn.ids.tolist(), [], []
+        return drawn.ids.tolist(), drawn.log_probs.tolist(), drawn.behaviour_log_probs.tolist()
 
     def _take(self, row: int, sequence: _Sequence, token: int) -> bool:
         """Adds a sampled token to a sequence; whether it ended with it."""

@@ -115,7 +115,7 @@ class SamplingTensors:
         top_k = [min(p.top_k, vocab_size) or vocab_size for p in rows]
         log_min_p = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in rows]
         greedy = [p.temperature == 0 for p in rows]
-        limits = [_limit(p, k, vocab_size) for p, k in zip(rows, top_k, strict=True)]
+        limits = [candidates_of(p, k, vocab_size) for p, k in zip(rows, top_k, strict=True)]
         return cls(
             temperature=torch.tensor([[p.temperature or 1.0] for p in rows], dtype=torch.float32, device=device),
             greedy=torch.tensor(greedy, device=device),
@@ -136,7 +136,7 @@ class SamplingTensors:
         return replace(self, **picked)
 
 
-def _limit(params: SamplingParams, top_k: int, vocab_size: int) -> int:
+def candidates_of(params: SamplingParams, top_k: int, vocab_size: int) -> int:
     if params.temperature == 0:
         return 0
     if top_k < vocab_size:
@@ -148,6 +148,16 @@ def penalize_repetition(logits_BV: torch.Tensor, seen_BV: torch.Tensor, penalty_
     """Makes tokens that occurred (`seen_BV`, bool) less probable where the penalty is above 1."""
     penalized = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return torch.where(seen_BV, penalized, logits_BV)
+
+
+def adjust(
+    logits_BV: torch.Tensor, params: SamplingTensors, seen_BV: torch.Tensor | None, bias_BV: torch.Tensor | None
+) -> torch.Tensor:
+    """The logits behind repetition penalty and bias; the very same tensor where no row has either."""
+    if params.repetition_penalty is not None:
+        assert seen_BV is not None
+        logits_BV = penalize_repetition(logits_BV, seen_BV, params.repetition_penalty)
+    return logits_BV if bias_BV is None else logits_BV + bias_BV
 
 
 def filter_logits(logits_BV: torch.Tensor, params: SamplingTensors) -> torch.Tensor:
@@ -271,10 +281,12 @@ def _draw_from_best(
     weights_BK = (best_BK - best_BK[:, :1]).double().exp_()
     ends_BK = weights_BK.cumsum(1)
     least_B1 = best_BK.gather(1, limit_B1 - 1)
-    decided_B1 = params.limit > 0
+    counted_B1 = _count_from(best_BK, least_B1)
+    # more equals of the last one of a top-k may not have been looked at
+    decided_B1 = (counted_B1 < limit_B1 + SPARE) | (limit_B1 + SPARE >= V)
     if params.top_p is not None:
-        total_B1 = ends_BK.gather(1, _count_from(best_BK, least_B1) - 1)
-        nucleus_B1 = decided_B1 if params.top_k is None else decided_B1 & (params.top_k == V)
+        total_B1 = ends_BK.gather(1, counted_B1 - 1)
+        nucleus_B1 = params.limit > 0 if params.top_k is None else (params.limit > 0) & (params.top_k == V)
         if bool(nucleus_B1.any()):
             whole_B1 = (logits_BV / params.temperature - best_BK[:, :1]).exp_().sum(1, keepdim=True)
             total_B1 = torch.where(nucleus_B1, whole_B1.double(), total_B1)
@@ -285,9 +297,8 @@ def _draw_from_best(
         least_B1 = torch.maximum(least_B1, best_BK[:, :1] + params.log_min_p)
     kept_B1 = _count_from(best_BK, least_B1)
     if params.top_p is not None:  # the nucleus may go on behind the tokens that were looked at
-        decided_B1 = decided_B1 & (~nucleus_B1 | (kept_B1 < limit_B1) | (limit_B1 == V))
-    # more equals of the last one may not have been looked at
-    decided_B1 = decided_B1 & ((kept_B1 < limit_B1 + SPARE) | (limit_B1 + SPARE >= V))
+        decided_B1 = torch.where(nucleus_B1, (kept_B1 < limit_B1) | (limit_B1 == V), decided_B1)
+    decided_B1 = decided_B1 & (params.limit > 0)
     last_B1 = kept_B1 - 1
     total_B1 = ends_BK.gather(1, last_B1)
     place_B1 = torch.minimum((ends_BK <= uniforms_B[:, None] * total_B1).sum(1, keepdim=True), last_B1)
@@ -345,12 +356,7 @@ def sample(
         log_probs: also return the log-probabilities.
     """
     logits_BV = logits_BV.float()
-    chosen_from = logits_BV
-    if params.repetition_penalty is not None:
-        assert seen_BV is not None
-        chosen_from = penalize_repetition(logits_BV, seen_BV, params.repetition_penalty)
-    if bias_BV is not None:
-        chosen_from = chosen_from + bias_BV
+    chosen_from = adjust(logits_BV, params, seen_BV, bias_BV)
     if params.all_greedy:
         ids, behaviour = chosen_from.argmax(1), torch.zeros(len(logits_BV), device=logits_BV.device)
     else:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minigpt.generation.native import NativeDecoder
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 
 SHIPPED = Path(__file__).parents[2] / "minigpt" / "model"
@@ -47,3 +48,11 @@ def run_folder(tmp_path_factory) -> Path:
     model.save_pretrained(run / "hf", tokenizer_folder=SHIPPED)
     (run / "summary.json").write_text('{"stage": "sft"}')
     return run
+
+
+@pytest.fixture(params=["native", "torch"])
+def computed_by(request, monkeypatch) -> str:
+    """Once with the compiled decode step, once without."""
+    if request.param == "torch":
+        monkeypatch.setattr(NativeDecoder, "covers", lambda decoder: False)
+    return request.param

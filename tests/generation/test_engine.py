@@ -49,7 +49,9 @@ def assert_log_probs_of_the_model(model, request: Request, temperature: float) -
 
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_refilled_slots_chunked_prompts_and_shared_prefixes_are_greedy_as_without_a_cache(make_model, heads, bias):
+def test_refilled_slots_chunked_prompts_and_shared_prefixes_are_greedy_as_without_a_cache(
+    make_model, heads, bias, computed_by
+):
     """Three slots for ten sequences; prompts longer than a chunk; a beginning of 70 tokens shared by half of them."""
     model = make_model(num_key_value_heads=heads, attention_bias=bias)
     shared = prompts_of([70], seed=9)[0]
@@ -93,7 +95,7 @@ def test_greedy_on_imported_families_equals_transformers_generate(tmp_path, fami
         assert completion.ids == theirs[0, len(prompt) :].tolist()
 
 
-def test_log_probs_of_samples_equal_a_full_forward_pass(model):
+def test_log_probs_of_samples_equal_a_full_forward_pass(model, computed_by):
     """Temperature, top-p and top-k; samples that share a prompt; the behaviour's under the filtered distribution."""
     engine = Engine(model, slots=5)
     params = SamplingParams(max_new_tokens=25, temperature=0.7, top_p=0.8, top_k=20, seed=4)
@@ -195,7 +197,7 @@ def results(request: Request) -> list[tuple]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batch_invariant_results_are_equal_bit_for_bit_whatever_runs_beside(make_model, dtype):
+def test_batch_invariant_results_are_equal_bit_for_bit_whatever_runs_beside(make_model, dtype, computed_by):
     """Alone; in a batch of 64 sequences; late, backwards and in another rhythm; in refilled slots; on retry after a
     cancel; with a prefix that is known."""
     model = make_model().to(dtype)
@@ -260,7 +262,7 @@ def test_batch_invariant_results_of_a_later_turn_do_not_depend_on_whether_the_ea
 # --------------------------------------------------------------------------------------------------- between two steps
 
 
-def test_new_weights_between_two_tokens_make_all_that_older_ones_computed_unreachable(make_model):
+def test_new_weights_between_two_tokens_make_all_that_older_ones_computed_unreachable(make_model, computed_by):
     """Behind the reload a sequence is what the new model says of its text so far: greedy tokens and log-probs, in its
     slot, in a slot that it gets later, and where its prompt had been read for others or kept as a prefix."""
     old, new = make_model(seed=0), make_model(seed=1)
@@ -357,7 +359,7 @@ def test_tokens_are_reported_with_their_log_probs_as_they_come(model):
         assert heard[sample] == list(zip(c.ids, c.log_probs, strict=True))
 
 
-def test_logit_bias_forbids_and_forces_tokens_of_its_own_row(model):
+def test_logit_bias_forbids_and_forces_tokens_of_its_own_row(model, computed_by):
     engine = Engine(model, slots=2)
     prompt = prompts_of([6])[0]
     free = greedy(model, prompt, 8)

@@ -1,0 +1,431 @@
+// A decode step on a CPU in two calls: `decode` takes one token of each sequence to logits, `draw` samples from them.
+//
+// The formulas are those of model_minigpt.py and sampling.py; the tests compare this file with both. What it saves is
+// calling some 150 operators a step, each with an allocation and a start of the threads, and passes over memory between
+// them. It uses nothing of torch: native.py compiles it once on a machine and hands over addresses.
+//
+// What is computed for a row never depends on how many others there are, on their order, or on the number of threads:
+// every sum is taken by one thread in a fixed order. `#pragma omp for` ends with a barrier.
+//
+// Shapes: N rows, E hidden size, H query heads, G key/value heads, D head size, F intermediate size, V vocabulary.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+constexpr int W = 16;            // floats that are computed together
+constexpr int COLUMNS = 2 * W;   // of a panel, a piece of a weight matrix: [width, COLUMNS]
+constexpr int ROWS = 8;          // rows that are multiplied by a panel together: what fits into the registers
+constexpr int BLOCK = 4 * W;     // tokens whose probabilities are summed up before one of them is chosen
+constexpr int SPARE = 14, DEPTH = 8;  // as SPARE and COLUMN in sampling.py
+
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ints __attribute__((vector_size(4 * W)));
+typedef uint32_t words __attribute__((vector_size(4 * W)));
+typedef uint16_t halves __attribute__((vector_size(2 * W)));
+struct bf16 { uint16_t bits; };
+
+static inline vec load(const float* from) { vec v; std::memcpy(&v, from, sizeof v); return v; }
+static inline void store(float* to, vec v) { std::memcpy(to, &v, sizeof v); }
+static inline vec load(const bf16* from) {  // bfloat16 is the upper half of a float
+    halves h;
+    std::memcpy(&h, from, sizeof h);
+    return (vec)(__builtin_convertvector(h, words) << 16);
+}
+
+// COLUMNS weights of a panel. In bfloat16 weight i of the left half stands beside weight i of the right one.
+static inline void load_both(const float* from, vec& left, vec& right) { left = load(from), right = load(from + W); }
+static inline void load_both(const bf16* from, vec& left, vec& right) {
+    words w;
+    std::memcpy(&w, from, sizeof w);
+    left = (vec)(w << 16), right = (vec)(w & 0xffff0000u);
+}
+
+// A vector of the sums of W vectors, make(0) to make(W - 1): neighbours are added in pairs, again and again.
+template <int N = W, class Make>
+static inline vec sums_of(Make make, int first = 0) {
+    if constexpr (N == 1) {
+        return make(first);
+    } else {
+        vec a = sums_of<N / 2>(make, first), b = sums_of<N / 2>(make, first + N / 2);
+        return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+               __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    }
+}
+
+static inline float sum(vec v) {
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) v[i] += v[i + half];
+    return v[0];
+}
+
+static inline float greatest(vec v) {
+    float most = v[0];
+    for (int i = 1; i < W; i++) most = std::max(most, v[i]);
+    return most;
+}
+
+// e^x to about 1e-7 of its value: 2^n · e^r with |r| <= ln(2) / 2, as in Cephes; 0 below the normal numbers.
+static inline vec exp(vec x) {
+    vec limited = x < -87.0f ? vec{} - 87.0f : x;
+    vec n = (limited * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to a whole number
+    vec r = limited - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = vec{} + 1.9875691500e-4f;
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = p * r + c;
+    p = p * r * r + r + 1.0f;
+    vec power = (vec)((__builtin_convertvector(n, ints) + 127) << 23);
+    return x < -87.0f ? vec{} : p * power;
+}
+
+// ------------------------------------------------------------------------------------------------------------ network
+
+extern "C" {
+
+struct Layer {
+    const float* input_norm;
+    const void* qkv;  // packed, as all products: [panels, width, COLUMNS] in T
+    const float *qkv_bias, *q_norm, *k_norm;  // each may be null
+    const void* out;
+    const float* mlp_norm;
+    const void *gate_up, *down;  // a panel of gate_up holds W columns of each
+};
+
+struct Network {
+    int64_t layers, E, H, G, D, F, V, bf16_weights;
+    float eps;
+    const float *cos, *sin;  // [positions, D]; the sines of the first half are negative
+    const void* embedding;   // [V, E] in T
+    const Layer* layer;
+    const float* final_norm;
+    const void* head;
+};
+
+struct Cache {
+    float* kv;  // [layers, 2, slots, G, length, D]
+    int64_t slots, length;
+};
+
+struct Row {  // a token, where it belongs, and the slot whose first `shared` positions hold the same as its own
+    int64_t id, slot, position, lender, shared;
+};
+}
+
+template <int R, class T, class Use>
+static inline void multiply(const float* x, int64_t row, int64_t width, const T* panel, Use use) {
+    vec sums[R][2] = {};
+    for (int64_t k = 0; k < width; k++, panel += COLUMNS) {
+        vec left, right;
+        load_both(panel, left, right);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            float factor = x[(row + r) * width + k];
+            sums[r][0] += factor * left;
+            sums[r][1] += factor * right;
+        }
+    }
+    for (int r = 0; r < R; r++) use(row + r, sums[r][0], sums[r][1]);
+}
+
+// x W^T of all rows, panel by panel; use(panel, row, left, right) takes the sums of its 2 W columns.
+template <class T, class Use>
+static void product(const float* x, int64_t rows, int64_t width, const void* packed, int64_t panels, Use use) {
+#pragma omp for schedule(dynamic)
+    for (int64_t p = 0; p < panels; p++) {
+        const T* panel = (const T*)packed + p * width * COLUMNS;
+        auto use_row = [&](int64_t row, vec left, vec right) { use(p, row, left, right); };
+        int64_t row = 0;
+        for (; row + ROWS <= rows; row += ROWS) multiply<ROWS>(x, row, width, panel, use_row);
+        if ((rows - row) & 4) multiply<4>(x, row, width, panel, use_row), row += 4;
+        if ((rows - row) & 2) multiply<2>(x, row, width, panel, use_row), row += 2;
+        if ((rows - row) & 1) multiply<1>(x, row, width, panel, use_row);
+    }
+}
+
+static float root_mean_square(const float* x, int64_t width, float eps) {
+    vec squares = {};
+    for (int64_t i = 0; i < width; i += W) squares += load(x + i) * load(x + i);
+    return std::sqrt(sum(squares) / width + eps);
+}
+
+static void norm(const float* x, const float* weight, int64_t rows, int64_t width, float eps, float* out) {
+#pragma omp for
+    for (int64_t row = 0; row < rows; row++) {
+        const float* from = x + row * width;
+        float scale = 1 / root_mean_square(from, width, eps);
+        for (int64_t i = 0; i < width; i++) out[row * width + i] = from[i] * scale * weight[i];
+    }
+}
+
+// A query or key: its norm, if there is one, and its rotation.
+static void rotate(const float* x, const float* weight, const Network& net, int64_t position, float factor, float* out) {
+    const int64_t D = net.D, half = D / 2;
+    float normed[D];
+    std::memcpy(normed, x, sizeof normed);
+    if (weight) {
+        const float scale = 1 / root_mean_square(x, D, net.eps);
+        for (int64_t i = 0; i < D; i++) normed[i] *= scale * weight[i];
+    }
+    const float *cos = net.cos + position * D, *sin = net.sin + position * D;
+    for (int64_t i = 0; i < half; i++) {
+        out[i] = (normed[i] * cos[i] + normed[i + half] * sin[i]) * factor;
+        out[i + half] = (normed[i + half] * cos[i + half] + normed[i] * sin[i + half]) * factor;
+    }
+}
+
+// softmax(q k^T) v over positions 0 .. row.position. The first `shared` of them are read from `lent`, where others read
+// them too. Up to W - 1 keys behind the last are read as well, but not used.
+static void attend(const float* q, const float* own, const float* lent, int64_t v_offset, const Row& row, int64_t D,
+                   float* scores, float* out) {
+    const int64_t tokens = row.position + 1;
+    auto key = [&](int64_t t) { return (t < row.shared ? lent : own) + t * D; };
+    vec most = vec{} - INFINITY;
+    for (int64_t t = 0; t < tokens; t += W) {
+        vec found = sums_of([&](int i) {
+            const float* k = key(t + i);
+            vec products = load(q) * load(k);
+            for (int64_t d = W; d < D; d += W) products += load(q + d) * load(k + d);
+            return products;
+        });
+        store(scores + t, found);
+        for (int64_t i = tokens; i < t + W; i++) scores[i] = -INFINITY;
+        found = load(scores + t);
+        most = found > most ? found : most;
+    }
+    const float peak = greatest(most);
+    vec sums = {};
+    for (int64_t t = 0; t < tokens; t += W) {
+        vec weights = exp(load(scores + t) - peak);
+        store(scores + t, weights);
+        sums += weights;
+    }
+    const float total = sum(sums);
+    for (int64_t d = 0; d < D; d += W) {
+        vec even = {}, odd = {};  // two sums, since each addition waits for the one before
+        for (int64_t t = 0; t < tokens; t += 2) {  // the weight behind the last one is 0
+            even += scores[t] * load(key(t) + v_offset + d);
+            odd += scores[t + 1] * load(key(t + 1) + v_offset + d);
+        }
+        store(out + d, (even + odd) / total);
+    }
+}
+
+template <class T>
+static void decode_as(const Network& net, const Cache& cache, const Row* rows, int64_t N, float* logits, int64_t stride,
+                      int threads) {
+    const int64_t E = net.E, D = net.D, F = net.F, queries = net.H * D, group = net.H / net.G;
+    const int64_t all_heads = (queries + 2 * net.G * D + COLUMNS - 1) / COLUMNS * COLUMNS;
+    static thread_local std::vector<float> memory;
+    memory.resize(N * (2 * E + all_heads + queries + F));
+    float *x = memory.data(), *normed = x + N * E, *qkv = normed + N * E, *mixed = qkv + N * all_heads;
+    float* gated = mixed + N * queries;
+    auto add_to_x = [&](int64_t panel, int64_t row, vec left, vec right) {
+        float* to = x + row * E + panel * COLUMNS;
+        store(to, load(to) + left);
+        store(to + W, load(to + W) + right);
+    };
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scores(cache.length + W);
+#pragma omp for
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t i = 0; i < E; i += W) store(x + n * E + i, load((const T*)net.embedding + rows[n].id * E + i));
+        for (int64_t l = 0; l < net.layers; l++) {
+            const Layer& layer = net.layer[l];
+            norm(x, layer.input_norm, N, E, net.eps, normed);
+            product<T>(normed, N, E, layer.qkv, all_heads / COLUMNS, [&](int64_t panel, int64_t row, vec left, vec right) {
+                int64_t column = panel * COLUMNS;
+                if (layer.qkv_bias) left += load(layer.qkv_bias + column), right += load(layer.qkv_bias + column + W);
+                store(qkv + row * all_heads + column, left);
+                store(qkv + row * all_heads + column + W, right);
+            });
+            const int64_t v_offset = cache.slots * net.G * cache.length * D;
+            float* layer_k = cache.kv + 2 * l * v_offset;
+#pragma omp for
+            for (int64_t task = 0; task < net.G * N; task++) {  // head by head, so that lent keys stay in the core's cache
+                const int64_t g = task / N, n = task % N;
+                const Row& row = rows[n];
+                const float* heads = qkv + n * all_heads;
+                float* own_k = layer_k + (row.slot * net.G + g) * cache.length * D;
+                const float* lent_k = layer_k + (row.lender * net.G + g) * cache.length * D;
+                rotate(heads + queries + g * D, layer.k_norm, net, row.position, 1, own_k + row.position * D);
+                std::memcpy(own_k + v_offset + row.position * D, heads + queries + (net.G + g) * D, D * sizeof(float));
+                for (int64_t h = g * group; h < (g + 1) * group; h++) {
+                    float q[D];
+                    rotate(heads + h * D, layer.q_norm, net, row.position, 1 / std::sqrt((float)D), q);
+                    attend(q, own_k, lent_k, v_offset, row, D, scores.data(), mixed + n * queries + h * D);
+                }
+            }
+            product<T>(mixed, N, queries, layer.out, E / COLUMNS, add_to_x);
+            norm(x, layer.mlp_norm, N, E, net.eps, normed);
+            product<T>(normed, N, E, layer.gate_up, F / W, [&](int64_t panel, int64_t row, vec gate, vec up) {
+                store(gated + row * F + panel * W, gate / (1.0f + exp(-gate)) * up);
+            });
+            product<T>(gated, N, F, layer.down, E / COLUMNS, add_to_x);
+        }
+        norm(x, net.final_norm, N, E, net.eps, normed);
+        product<T>(normed, N, E, net.head, (net.V + COLUMNS - 1) / COLUMNS,
+                   [&](int64_t panel, int64_t row, vec left, vec right) {
+                       float* to = logits + rows[row].slot * stride + panel * COLUMNS;
+                       store(to, left);
+                       store(to + W, right);
+                   });
+    }
+}
+
+// logits: [slots, stride], a stride being V rounded up to whole panels; the rows' slots are written.
+extern "C" void decode(const Network* net, const Cache* cache, const Row* rows, int64_t N, float* logits, int64_t stride,
+                       int threads) {
+    (net->bf16_weights ? decode_as<bf16> : decode_as<float>)(*net, *cache, rows, N, logits, stride, threads);
+}
+
+// ----------------------------------------------------------------------------------------------------------- sampling
+
+extern "C" struct Draw {  // how a row is sampled, and below what came of it
+    int64_t slot, top_k, limit;  // top_k is V where off; limit: see SamplingTensors
+    double uniform, top_p;
+    float temperature, log_min_p;  // temperature 0: greedy
+    int64_t id;
+    double log_prob, behaviour_log_prob;
+};
+
+struct Token {
+    float logit;
+    int id;
+};
+
+// logits / temperature, filled up with -inf, which NaN becomes as well; returns the greatest.
+static float temper(const float* logits, int64_t V, float temperature, std::vector<float>& t) {
+    t.resize((V + DEPTH * BLOCK - 1) / (DEPTH * BLOCK) * (DEPTH * BLOCK));
+    vec most = vec{} - INFINITY;
+    for (int64_t i = 0; i < (int64_t)t.size(); i += W) {
+        vec x = vec{} - INFINITY;
+        std::memcpy(&x, logits + i, sizeof(float) * std::clamp<int64_t>(V - i, 0, W));
+        x = x == x ? x / temperature : vec{} - INFINITY;
+        store(&t[i], x);
+        most = x > most ? x : most;
+    }
+    return greatest(most);
+}
+
+// The `count` greatest of t and all equals of the last one, best first, equals by id.
+static void best(const std::vector<float>& t, int64_t V, int64_t count, std::vector<Token>& found) {
+    static thread_local std::vector<float> heads, ordered;
+    const int64_t columns = t.size() / DEPTH;  // token c stands in one column with c + columns, c + 2 columns …
+    heads.assign(t.begin(), t.begin() + columns);
+    for (int64_t i = columns; i < DEPTH * columns; i += columns)
+        for (int64_t c = 0; c < columns; c++) heads[c] = t[i + c] > heads[c] ? t[i + c] : heads[c];
+    float bound = -INFINITY;
+    if (count <= columns) {  // so many columns hold something not below the bound
+        ordered = heads;
+        std::nth_element(ordered.begin(), ordered.begin() + count - 1, ordered.end(), std::greater<float>());
+        bound = ordered[count - 1];
+    }
+    found.clear();
+    for (int64_t c = 0; c < columns; c++)
+        if (heads[c] >= bound)
+            for (int64_t i = c; i < V; i += columns)
+                if (t[i] >= bound) found.push_back({t[i], (int)i});
+    std::sort(found.begin(), found.end(), [](Token a, Token b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; });
+    while ((int64_t)found.size() > count && found.back().logit < found[count - 1].logit) found.pop_back();
+}
+
+// The sum of e^(t - most) over the tokens that are not below `least`; the sums up to each block's end in `ends`.
+static double weigh(const std::vector<float>& t, float most, float least, std::vector<double>& ends) {
+    double total = 0;
+    ends.clear();
+    for (size_t i = 0; i < t.size(); i += BLOCK) {
+        vec sums = {};
+        for (int j = 0; j < BLOCK; j += W) {
+            vec logits = load(&t[i + j]);
+            sums += logits >= least ? exp(logits - most) : vec{};
+        }
+        ends.push_back(total += sum(sums));
+    }
+    return total;
+}
+
+// The token, in the order of ids, at which the sum of weights passes `target`.
+static int64_t walk(const std::vector<float>& t, float most, float least, const std::vector<double>& ends, double target) {
+    size_t block = std::upper_bound(ends.begin(), ends.end(), target) - ends.begin();
+    block = std::min(block, ends.size() - 1);
+    double reached = block ? ends[block - 1] : 0;
+    int64_t last = 0;
+    for (int64_t i = block * BLOCK; i < (int64_t)(block + 1) * BLOCK; i++)
+        if (t[i] >= least && t[i] > -INFINITY) {
+            last = i;
+            if ((reached += std::exp(t[i] - most)) > target) break;
+        }
+    return last;
+}
+
+static void draw_row(const float* own, const float* logits, int64_t V, bool log_probs, Draw& row) {
+    static thread_local std::vector<float> t;
+    static thread_local std::vector<double> ends;
+    static thread_local std::vector<Token> found;
+    const float temperature = row.temperature > 0 ? row.temperature : 1;
+    const float most = temper(logits, V, temperature, t);
+    row.behaviour_log_prob = 0;
+    if (most == -INFINITY) {  // a network that has diverged
+        row.id = 0, row.log_prob = row.behaviour_log_prob = NAN;
+        return;
+    }
+    if (row.temperature == 0) {
+        row.id = std::find(t.begin(), t.end(), most) - t.begin();
+    } else {
+        float least = most + row.log_min_p;
+        double total = 0;
+        bool listed = false;
+        if (row.top_k < V || row.top_p < 1) {
+            double whole = row.top_k < V || row.top_p >= 1 ? 0 : weigh(t, most, -INFINITY, ends);
+            for (int64_t count = row.top_k < V ? row.top_k : 64;; count = std::min(8 * count, V)) {
+                best(t, V, count, found);
+                if (row.top_k < V)
+                    for (Token token : found) whole += std::exp(token.logit - most);
+                double before = 0;
+                size_t inside = 0;
+                for (; inside < found.size() && (row.top_p >= 1 || before < row.top_p * whole); inside++)
+                    before += std::exp(found[inside].logit - most);
+                if (row.top_k < V || inside < found.size() || count == V) {
+                    least = std::max(least, found[inside - 1].logit);
+                    break;
+                }
+            }
+            const int64_t counted = found.size();
+            while (found.back().logit < least) found.pop_back();
+            const int64_t kept = found.size();
+            listed = row.limit > 0 && (row.top_k < V ? counted < row.limit + SPARE || row.limit + SPARE >= V
+                                                     : kept < row.limit || row.limit == V);
+        }
+        if (listed) {
+            for (Token token : found) total += std::exp(token.logit - most);
+            double reached = 0;
+            size_t i = 0;
+            while ((reached += std::exp(found[i].logit - most)) <= row.uniform * total && i + 1 < found.size()) i++;
+            row.id = found[i].id;
+        } else {
+            total = weigh(t, most, least, ends);
+            row.id = walk(t, most, least, ends, row.uniform * total);
+        }
+        row.behaviour_log_prob = t[row.id] - most - std::log(total);
+        if (log_probs && own == logits && least == -INFINITY) {
+            row.log_prob = row.behaviour_log_prob;
+            return;
+        }
+    }
+    if (!log_probs) return;
+    const float peak = temper(own, V, temperature, t);
+    row.log_prob = t[row.id] - peak - std::log(weigh(t, peak, -INFINITY, ends));
+}
+
+// own: the model's logits [slots, stride]; logits: the same behind penalties and bias, which are sampled from.
+extern "C" void draw(const float* own, const float* logits, int64_t stride, int64_t V, int log_probs, Draw* rows, int64_t N,
+                     int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t n = 0; n < N; n++) {
+        int64_t start = rows[n].slot * stride;
+        draw_row(own + start, logits + start, V, log_probs, rows[n]);
+    }
+}

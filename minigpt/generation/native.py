@@ -1,0 +1,231 @@
+"""A decode step and its sampling as two calls of compiled code, where a CPU and a C++ compiler are there.
+
+`native.cpp` is compiled once on a machine, into the user's cache folder, and loaded without any binding library: what
+goes in and out are addresses of tensors. Where there is no compiler, on a GPU, and for networks that it does not cover
+the engine uses `decoder.py` and `sampling.py`, which compute the same. MINIGPT_NATIVE=0 switches it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minigpt.generation.decoder import Decoder, adapted_weight, norm_weight
+from minigpt.generation.sampling import SamplingParams, candidates_of
+
+if TYPE_CHECKING:
+    from minigpt.model.kv_cache import KVCache
+    from minigpt.model.model_minigpt import Attention, FeedForward
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
+COMPILE_SECONDS = 120
+VECTOR, PANEL = 16, 32  # W and COLUMNS there
+ROW = np.dtype([(name, np.int64) for name in ("id", "slot", "position", "lender", "shared")])
+DRAW = np.dtype(
+    [
+        *((name, np.int64) for name in ("slot", "top_k", "limit")),
+        *((name, np.float64) for name in ("uniform", "top_p")),
+        *((name, np.float32) for name in ("temperature", "log_min_p")),
+        ("id", np.int64),
+        *((name, np.float64) for name in ("log_prob", "behaviour_log_prob")),
+    ]
+)
+
+
+class _Layer(Structure):
+    _fields_ = [
+        (name, c_void_p)
+        for name in ("input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "mlp_norm", "gate_up", "down")
+    ]
+
+
+class _Network(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("layers", "E", "H", "G", "D", "F", "V", "bf16_weights")),
+        ("eps", c_float),
+        *((name, c_void_p) for name in ("cos", "sin", "embedding")),
+        ("layer", POINTER(_Layer)),
+        *((name, c_void_p) for name in ("final_norm", "head")),
+    ]
+
+
+class _Cache(Structure):
+    _fields_ = [("kv", c_void_p), ("slots", c_int64), ("length", c_int64)]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code, compiled now if this machine has not done it yet; None where that is not possible."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or os.environ.get("MINIGPT_NATIVE") == "0":
+        return None
+    key = "\0".join((SOURCE.read_text(encoding="utf-8"), *FLAGS, compiler, _processor()))
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    target = Path(cache_home) / "minigpt" / f"native_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    try:
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # other processes see a whole file or none
+                built = Path(folder) / "native.so"
+                command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+                subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
+                built.replace(target)
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    """What the code is compiled for: machines that share a home folder may differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+class NativeDecoder:
+    """The weights of a network as `native.cpp` reads them, and the two calls.
+
+    Args:
+        decoder: What it computes the same as; it must be `covered`.
+        slots: Of the engine.
+    """
+
+    def __init__(self, decoder: Decoder, slots: int) -> None:
+        compiled = library()
+        assert compiled is not None
+        self._library, self._decoder = compiled, decoder
+        self.vocab_size = decoder.model.config.vocab_size
+        self._stride = -(-self.vocab_size // PANEL) * PANEL
+        self.logits_BV = torch.zeros(slots, self._stride)[:, : self.vocab_size]
+        self.refresh()
+
+    @staticmethod
+    def covers(decoder: Decoder) -> bool:
+        """Whether this network can be computed here."""
+        config, head = decoder.model.config, getattr(decoder.model, "lm_head", None)
+        return (
+            decoder.device.type == "cpu"
+            and decoder.dtype in (torch.float32, torch.bfloat16)
+            and head is not None
+            and config.hidden_size % PANEL == config.intermediate_size % VECTOR == config.head_dim % VECTOR == 0
+            and decoder.prepares
+            and library() is not None
+        )
+
+    @torch.inference_mode()
+    def refresh(self) -> None:
+        """Read the weights of the model again, after they changed."""
+        decoder, transformer = self._decoder, self._decoder.model.model
+        config = decoder.model.config
+        self._kept: list[torch.Tensor] = []  # what the addresses point to
+        layers = (_Layer * config.num_hidden_layers)()
+        for layer, block in zip(layers, transformer.layers, strict=True):
+            attention, mlp = cast("Attention", block.self_attn), cast("FeedForward", block.mlp)
+            heads = [attention.q_proj, attention.k_proj, attention.v_proj]
+            layer.input_norm = self._floats(norm_weight(block.input_layernorm))
+            layer.qkv = self._packed(torch.cat([adapted_weight(p) for p in heads]))
+            if config.attention_bias:
+                bias = torch.cat([cast("torch.Tensor", p.bias) for p in heads])
+                layer.qkv_bias = self._floats(F.pad(bias, (0, -len(bias) % PANEL)))
+            if config.qk_norm:
+                layer.q_norm = self._floats(norm_weight(attention.q_norm))
+                layer.k_norm = self._floats(norm_weight(attention.k_norm))
+            layer.out = self._packed(adapted_weight(attention.o_proj))
+            layer.mlp_norm = self._floats(norm_weight(block.post_attention_layernorm))
+            gate, up = (adapted_weight(p).unflatten(0, (-1, VECTOR)) for p in (mlp.gate_proj, mlp.up_proj))
+            layer.gate_up = self._packed(torch.cat((gate, up), dim=1).flatten(0, 1))
+            layer.down = self._packed(adapted_weight(mlp.down_proj))
+        self._network = _Network(
+            layers=config.num_hidden_layers,
+            E=config.hidden_size,
+            H=config.num_attention_heads,
+            G=config.num_key_value_heads,
+            D=config.head_dim,
+            F=config.intermediate_size,
+            V=config.vocab_size,
+            bf16_weights=decoder.dtype == torch.bfloat16,
+            eps=config.rms_norm_eps,
+            cos=self._floats(decoder.cos_T1D),
+            sin=self._floats(decoder.sin_T1D),
+            embedding=self._address(transformer.embed_tokens.weight.detach()),
+            layer=layers,
+            final_norm=self._floats(norm_weight(transformer.norm)),
+            head=self._packed(adapted_weight(cast("torch.nn.Linear", decoder.model.lm_head))),
+        )
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _floats(self, tensor: torch.Tensor) -> int:
+        return self._address(tensor.detach().float())
+
+    def _packed(self, weight_NK: torch.Tensor) -> int:
+        """[N, K] → [N / PANEL, K, PANEL]; the last panel is filled up with zeros."""
+        panels = F.pad(weight_NK, (0, 0, 0, -len(weight_NK) % PANEL)).unflatten(0, (-1, PANEL))
+        if weight_NK.dtype == torch.bfloat16:  # in pairs, each of which is a word
+            panels = panels.unflatten(1, (2, VECTOR)).transpose(1, 2).flatten(1, 2)
+        return self._address(panels.transpose(1, 2))
+
+    def decode(self, rows: Sequence[tuple[int, int, int, int, int]], cache: KVCache) -> None:
+        """Takes one token of each row into the cache; writes its slot's row of `logits_BV`.
+
+        Args:
+            rows: Token id, slot, position, and the slot whose first so many positions hold the same as its own (it is
+                read there, where rows of the same prompt read as well) with their number; each slot at most once.
+            cache: Of float32.
+        """
+        table, kv = np.array(rows, dtype=np.int64), cache.kv
+        assert kv.dtype == torch.float32
+        assert kv.is_contiguous()
+        cells = _Cache(kv.data_ptr(), cache.batch_size, cache.max_length)
+        self._library.decode(
+            *(ctypes.byref(self._network), ctypes.byref(cells), c_void_p(table.ctypes.data), c_int64(len(table))),
+            *(c_void_p(self.logits_BV.data_ptr()), c_int64(self._stride), c_int(torch.get_num_threads())),
+        )
+
+    def draw(self, rows: np.ndarray, log_probs: bool, adjusted_BV: torch.Tensor | None = None) -> None:
+        """Samples one token for each row from `logits_BV`.
+
+        Args:
+            rows: Of dtype DRAW, as `draws_of` makes them, with `slot` and `uniform`; `id`, `behaviour_log_prob` and, if
+                `log_probs`, `log_prob` are filled in, as `sampling.Draw` defines them.
+            log_probs: Whether they are wanted.
+            adjusted_BV: float32, what is sampled from, if that is not the model's own logits.
+        """
+        logits = self.logits_BV
+        if adjusted_BV is not None:
+            logits = F.pad(adjusted_BV, (0, self._stride - self.vocab_size))
+        self._library.draw(
+            *(c_void_p(self.logits_BV.data_ptr()), c_void_p(logits.data_ptr())),
+            *(c_int64(self._stride), c_int64(self.vocab_size), c_int(log_probs)),
+            *(c_void_p(rows.ctypes.data), c_int64(len(rows)), c_int(torch.get_num_threads())),
+        )
+
+
+def draws_of(rows: Sequence[SamplingParams], vocab_size: int) -> np.ndarray:
+    """How these rows are sampled, in slots 0, 1, …: an array of dtype DRAW."""
+    draws = np.zeros(len(rows), dtype=DRAW)
+    for slot, (row, p) in enumerate(zip(draws, rows, strict=True)):
+        top_k = min(p.top_k, vocab_size) or vocab_size
+        row["slot"], row["top_k"], row["top_p"] = slot, top_k, p.top_p
+        row["temperature"], row["limit"] = p.temperature, candidates_of(p, top_k, vocab_size)
+        row["log_min_p"] = np.log(p.min_p) if p.min_p > 0 else -np.inf
+    return draws

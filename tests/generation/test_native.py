@@ -1,0 +1,198 @@
+"""The compiled decode step and sampler against the same in torch, and what happens where they cannot be compiled."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.engine import Engine
+from minigpt.generation.native import NativeDecoder, draws_of, library
+from minigpt.generation.sampling import SamplingParams, SamplingTensors, sample, uniforms
+from minigpt.model.kv_cache import KVCache
+from minigpt.model.model_minigpt import MiniGPT
+
+
+def decoded(model: MiniGPT, sequences: list[list[int]], native: bool, monkeypatch) -> torch.Tensor:
+    """The logits that decode steps give behind each token of equally long texts, [sequences, tokens - 2, V]."""
+    with monkeypatch.context() as patch:
+        if not native:
+            patch.setattr(NativeDecoder, "covers", lambda decoder: False)
+        engine = Engine(model, slots=len(sequences))
+    assert (engine._native is not None) == native
+    for ids in sequences:
+        engine.submit(ids[:2], SamplingParams(max_new_tokens=len(ids), temperature=0))
+    engine.step()  # reads the prompts
+    steps, sampled = [], engine._draw
+
+    def draw(logits_BV, chosen, log_probs):
+        steps.append(logits_BV.clone())
+        return sampled(logits_BV, chosen, log_probs)
+
+    engine._draw = draw
+    for position in range(2, len(sequences[0])):
+        for sequence, ids in zip(engine._rows, sequences, strict=True):
+            sequence.ids[-1] = ids[position]
+        engine.step()
+    return torch.stack(steps, dim=1)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"num_key_value_heads": 1, "qk_norm": False},
+        {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": False},
+        {"hidden_size": 96, "head_dim": 48, "intermediate_size": 80, "vocab_size": 1000},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_is_what_the_model_says_without_a_cache(make_model, monkeypatch, shape, dtype):
+    """In batches that fill the registers and do not; in bfloat16 about as far from float32's logits as torch is."""
+    model = make_model(**shape).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    exact = make_model(**shape).float()
+    exact.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 5, 8, 11):
+        ids = torch.randint(0, model.config.vocab_size, (count, 24), generator=generator)
+        with torch.no_grad():
+            expected = exact(ids).logits[:, 2:]
+        error = (decoded(model, ids.tolist(), True, monkeypatch) - expected).abs().max()
+        if dtype == torch.float32:
+            assert error <= 1e-4 * expected.abs().max()
+        else:
+            assert error <= 1.2 * (decoded(model, ids.tolist(), False, monkeypatch) - expected).abs().max()
+
+
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(make_model):
+    model = make_model()
+    native, cache = NativeDecoder(Decoder(model, 64, 17), 17), KVCache(model.config, 17, 64)
+    torch.manual_seed(1)
+    cache.kv.normal_()
+    rows = [(i, i, 3 * i, i, 0) for i in range(17)]
+    threads, logits = torch.get_num_threads(), []
+    try:
+        for number, batches in ((2, [rows]), (1, [rows[:5], rows[5:]]), (3, [[row] for row in reversed(rows)])):
+            torch.set_num_threads(number)
+            for batch in batches:
+                native.decode(batch, cache)
+            logits.append(native.logits_BV.clone())
+            native.logits_BV.zero_()
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_lent_keys_and_values_give_the_same_bits_as_a_copy_of_them(make_model):
+    model = make_model()
+    native, cache = NativeDecoder(Decoder(model, 64, 3), 3), KVCache(model.config, 3, 64)
+    torch.manual_seed(1)
+    cache.kv.normal_()
+    cache.copy_row(0, 2, 21)
+    native.decode([(5, 2, 30, 2, 0)], cache)
+    own = native.logits_BV[2].clone()
+    cache.kv[:, :, 2, :, :21] = torch.nan  # must not be read
+    native.decode([(5, 2, 30, 0, 21)], cache)
+    assert torch.equal(native.logits_BV[2], own)
+
+
+FILTERS = {
+    "plain": SamplingParams(temperature=0.9),
+    "greedy": SamplingParams(temperature=0.0),
+    "top-k": SamplingParams(top_k=50, temperature=0.8),
+    "top-k and top-p": SamplingParams(top_k=50, top_p=0.85, temperature=0.8),
+    "nucleus": SamplingParams(top_p=0.9),
+    "min-p": SamplingParams(min_p=0.05),
+    "all": SamplingParams(top_k=20, top_p=0.95, min_p=0.02, temperature=1.3),
+    "large top-k": SamplingParams(top_k=1000, top_p=0.9),
+    "one": SamplingParams(top_k=1),
+}
+ROWS = 500
+
+
+def native_sampler(vocab_size: int, rows: int) -> NativeDecoder:
+    """One without a network."""
+    sampler = object.__new__(NativeDecoder)
+    sampler._library, sampler.vocab_size = library(), vocab_size
+    sampler._stride = -(-vocab_size // 32) * 32
+    sampler.logits_BV = torch.zeros(rows, sampler._stride)[:, :vocab_size]
+    return sampler
+
+
+@pytest.mark.parametrize("vocab_size", [97, 3200])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0], ids="spread {}".format)
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("name", FILTERS)
+def test_the_same_random_numbers_draw_the_same_tokens_as_in_torch(name, tied, spread, vocab_size):
+    """In all but one of a hundred rows, where rounding chooses the neighbour or keeps one token more in a nucleus."""
+    torch.manual_seed(0)
+    logits = torch.randn(ROWS, vocab_size) * spread
+    if tied:  # a handful of values: equals at every border
+        logits = (logits * 2).round() / 2
+    params, numbers = [FILTERS[name]] * ROWS, uniforms(3, 0, 0, ROWS)
+    expected = sample(logits, SamplingTensors.of(params, vocab_size, "cpu"), torch.from_numpy(numbers), log_probs=True)
+    sampler, rows = native_sampler(vocab_size, ROWS), draws_of(params, vocab_size)
+    sampler.logits_BV[:], rows["uniform"] = logits, numbers
+    sampler.draw(rows, True)
+    same = rows["id"] == expected.ids.numpy()
+    assert np.abs(rows["log_prob"] - expected.log_probs.double().numpy())[same].max() <= 1e-5
+    same &= np.abs(rows["behaviour_log_prob"] - expected.behaviour_log_probs.double().numpy()) <= 1e-5
+    assert same.mean() >= 0.99
+
+
+def test_adjusted_logits_are_sampled_from_and_the_models_own_give_the_log_probs():
+    logits, bias = torch.randn(2, 97), torch.zeros(2, 97)
+    bias[0, 5] = 100.0
+    params = [SamplingParams(temperature=0.7)] * 2
+    sampler, rows = native_sampler(97, 2), draws_of(params, 97)
+    sampler.logits_BV[:], rows["uniform"] = logits, 0.4
+    sampler.draw(rows, True, logits + bias)
+    expected = sample(
+        logits, SamplingTensors.of(params, 97, "cpu"), torch.tensor([0.4, 0.4]), None, bias, log_probs=True
+    )
+    assert rows["id"].tolist() == expected.ids.tolist() == [5, int(rows["id"][1])]
+    assert torch.allclose(torch.from_numpy(rows["log_prob"]).float(), expected.log_probs, atol=1e-5)
+    assert torch.allclose(torch.from_numpy(rows["behaviour_log_prob"]).float(), expected.behaviour_log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-32])
+def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token(uniform):
+    sampler, rows = native_sampler(97, 1), draws_of([SamplingParams()], 97)
+    sampler.logits_BV[:], rows["uniform"] = -math.inf, uniform
+    sampler.logits_BV[0, [3, 70]] = torch.tensor([0.0, 1.0])
+    sampler.draw(rows, True)
+    assert rows["id"] == (3 if uniform == 0.0 else 70)
+
+
+def test_a_network_that_has_diverged_gives_a_token_of_the_vocabulary():
+    params = [*FILTERS.values()]
+    sampler, rows = native_sampler(97, len(params)), draws_of(params, 97)
+    sampler.logits_BV[:], rows["uniform"] = math.nan, 0.5
+    sampler.draw(rows, True)
+    assert ((rows["id"] >= 0) & (rows["id"] < 97)).all()
+    assert np.isnan(rows["log_prob"]).all()
+
+
+@pytest.mark.parametrize("reason", [{"CXX": "no-such-compiler"}, {"CXX": "false"}, {"MINIGPT_NATIVE": "0"}], ids=str)
+def test_without_a_compiler_the_engine_computes_with_torch(tmp_path, reason):
+    code = (
+        "from minigpt.generation.engine import Engine, generate, SamplingParams\n"
+        "from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig\n"
+        "model = MiniGPT(MiniGPTConfig(vocab_size=97, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))\n"
+        "assert Engine(model)._native is None\n"
+        "print(len(generate(model, [[1, 2]], SamplingParams(max_new_tokens=9))[0].ids))\n"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **reason}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.stdout == "9\n", run.stderr
+    assert not list(tmp_path.rglob("*.so"))
