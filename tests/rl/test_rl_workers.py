@@ -1,0 +1,534 @@
+"""Policy, reference, critic and rollout workers as plain objects: the invariants before the first update, loss and
+gradient against plain float64, weights on their way to the samplers bit for bit."""
+
+import copy
+import hashlib
+
+import numpy as np
+import pytest
+import ray
+import torch
+from tiny_rl import (
+    BETA1,
+    arrays_of,
+    make_job,
+    make_policy,
+    make_request,
+    plain_forward,
+    sample,
+    with_columns,
+    write_run,
+)
+
+from minigpt.generation.engine import Engine as GenerationEngine
+from minigpt.model.model_critic import RewardModel, ValueModel
+from minigpt.rl import cluster
+from minigpt.rl.algorithms import group_advantages
+from minigpt.rl.batch import RolloutBatch, micro_batches, restore
+from minigpt.rl.losses import PolicyLossTerms, policy_objective
+from minigpt.rl.publish import unpack, weight_buckets
+from minigpt.rl.workers import CriticWorker, ReferenceWorker, RewardWorker, RolloutWorker
+from minigpt.trainer.setup import load_masters
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def object_store():
+    """Published weights lie in Ray's object store."""
+    cluster.connect(num_cpus=1)
+    yield
+    cluster.disconnect()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A policy whose next tokens are neither certain nor all alike."""
+    return write_run(tmp_path_factory.mktemp("rl") / "sft", sharpness=10.0)
+
+
+@pytest.fixture(scope="module")
+def smooth_run(tmp_path_factory):
+    """A smaller gain in every layer: rounding errors grow less."""
+    return write_run(tmp_path_factory.mktemp("rl") / "sft", sharpness=5.0)
+
+
+@pytest.fixture(scope="module")
+def batch(run) -> RolloutBatch:
+    """16 answers of the policy to 4 prompts."""
+    return sample(make_policy(make_job(run)))
+
+
+def reference_log_probs(job, batch) -> np.ndarray:
+    worker = ReferenceWorker(0, 1, 1, job)
+    worker.setup()
+    part, found = worker.log_probs(batch).value
+    assert np.array_equal(part, np.arange(len(batch)))
+    return found
+
+
+def advantages_of(batch: RolloutBatch, samples: int = 4) -> np.ndarray:
+    """Those of random rewards."""
+    rewards = torch.from_numpy(np.random.default_rng(3).normal(size=len(batch)).astype(np.float32))
+    return group_advantages(rewards, samples).numpy()
+
+
+# --------------------------------------------------------------------------------------- before and without an update
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_before_any_update_the_policy_is_the_reference_bit_for_bit(run, temperature):
+    job = make_job(run, temperature=temperature, kl_coefficient=0.1)
+    policy = make_policy(job)
+    batch = sample(policy)
+    assert np.array_equal(policy.log_probs(batch).value, reference_log_probs(job, batch))
+
+
+@pytest.mark.parametrize("old", ["of the update itself", "given"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_with_a_learning_rate_of_0_nothing_moves_for_ever(run, old, dtype):
+    """Ratio exactly 1, nothing clipped, and in fp32 a KL of exactly 0, in every one of several updates."""
+    options = {"minibatches": 2, "update_epochs": 2} if old == "given" else {}
+    job = make_job(run, kl_coefficient=0.1, dtype=dtype, **options)
+    policy = make_policy(job)
+    batch = sample(policy)
+    before = policy.engine.master_weights()
+    columns = {"advantages": advantages_of(batch), "ref_log_probs": reference_log_probs(job, batch)}
+    if old == "given":
+        columns["old_log_probs"] = policy.log_probs(batch).value
+        if dtype == "fp32":
+            columns["ref_log_probs"] = columns["old_log_probs"]  # packed alike
+    for _ in range(3):
+        seen = policy.update(with_columns(batch, **columns), 0.0, 0.1).value
+        assert seen["ratio"] == 1.0
+        assert seen["clip_fraction"] == 0.0
+        assert seen["kl"] == 0.0 if dtype == "fp32" else seen["kl"] < 1e-3
+        assert seen["grad_norm"] > 0
+    after = policy.engine.master_weights()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_old_log_probs_are_those_of_the_first_update_exactly_and_differ_from_the_second(run):
+    policy = make_policy(make_job(run, update_epochs=2, dtype="bf16"))
+    batch = sample(policy)
+    old = policy.log_probs(batch).value
+    columns = {"advantages": advantages_of(batch), "old_log_probs": old}
+    policy.job.options.update_epochs = 1
+    assert policy.update(with_columns(batch, **columns), 1e-2, 0.0).value["ratio"] == 1.0
+    again = policy.update(with_columns(batch, **columns), 0.0, 0.0).value
+    assert abs(again["ratio"] - 1.0) > 1e-3
+    assert not np.array_equal(policy.log_probs(batch).value, old)
+
+
+# ------------------------------------------------------------------------------------------- the sampler's and ours
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_sampler_policy_reference_and_plain_log_softmax_agree_at_any_temperature(run, temperature):
+    job = make_job(run, temperature=temperature)
+    policy = make_policy(job)
+    batch = sample(policy)
+    with torch.no_grad():
+        found = plain_forward(load_masters(run), batch, temperature)
+        plain, entropy = (torch.cat(column) for column in zip(*found, strict=True))
+    assert plain.std() > 0.5, "the policy is no uniform distribution"
+    for found in (batch.behaviour_log_probs, policy.log_probs(batch).value, reference_log_probs(job, batch)):
+        assert np.abs(found - plain.numpy()).max() < 1e-5
+    seen = policy.update(with_columns(batch, advantages=advantages_of(batch)), 0.0, 0.0).value
+    assert seen["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-5)
+    assert seen["sampler_gap_max"] == pytest.approx(
+        np.abs(policy.log_probs(batch).value - batch.behaviour_log_probs).max(), abs=1e-7
+    )
+
+
+def test_in_bf16_the_sampler_is_close_and_unbiased(smooth_run):
+    policy = make_policy(
+        make_job(smooth_run, dtype="bf16", max_new_tokens=40, prompts_per_step=8, samples_per_prompt=8)
+    )
+    batch = sample(policy, make_request(8, 8, max_new_tokens=40))
+    gap = policy.log_probs(batch).value - batch.behaviour_log_probs
+    assert len(gap) > 1000
+    assert np.abs(gap).max() < 5e-2
+    assert abs(gap.mean()) < 1e-3
+
+
+def test_what_was_sampled_is_what_is_trained(run, batch):
+    """The ids of the engine are the labels of the passes, one for one; nothing was decoded and encoded again."""
+    request = make_request()
+    engine = GenerationEngine(load_masters(run), slots=16)
+    prompts = np.split(request.tokens, np.cumsum(request.prompt_lens)[:-1])
+    asked = [
+        engine.submit(prompt.tolist(), request.params, n=4, sequence_ids=range(first, first + 4))
+        for prompt, first in zip(prompts, request.first_sample_ids.tolist(), strict=True)
+    ]
+    while engine.has_work:
+        engine.step()
+    answers = [completion.ids for one in asked for completion in one.completions]
+    labels = {}
+    for one in micro_batches(batch, 64, 2, {}):
+        flat = {name: one.arrays[name].reshape(-1)[one.positions] for name in ("labels", "sequence_ids")}
+        for number in np.unique(flat["sequence_ids"]):
+            labels[int(number)] = flat["labels"][flat["sequence_ids"] == number].tolist()
+    assert labels == dict(enumerate(answers))
+
+
+# ------------------------------------------------------------------------------------------------- loss and gradient
+
+
+def expected_loss(model, batch, o, columns, kl_coefficient) -> torch.Tensor:
+    """The loss of a step as the papers write it, one answer after the other, in float64."""
+    starts = np.cumsum(batch.answer_lens) - batch.answer_lens
+    high = o.clip_low if o.clip_high is None else o.clip_high
+    answers = []
+    for (log_p, entropy), start, n in zip(
+        plain_forward(model, batch, o.temperature), starts, batch.answer_lens, strict=True
+    ):
+        here = {name: torch.from_numpy(column[start : start + n]).double() for name, column in columns.items()}
+        advantage, old, ref = here["advantages"], here["old_log_probs"], here["ref_log_probs"]
+        ratio = (log_p - old).exp()
+        if o.objective == "gspo":  # every token's gradient is that of the mean
+            mean = (log_p - old).mean().detach()
+            ratio = (mean + log_p - log_p.detach()).exp()
+        if o.objective == "cispo":
+            loss = -ratio.clamp(1 - o.clip_low, 1 + high).detach() * advantage * log_p
+        else:
+            loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - o.clip_low, 1 + high) * advantage)
+        if o.corrects_behaviour:
+            loss = loss * (old - here["behaviour"]).exp().clamp(max=o.behaviour_cap)
+        loss = loss + kl_coefficient * (log_p - old).exp() * ((ref - log_p).exp() - (ref - log_p) - 1)
+        answers.append(loss - o.entropy_coefficient * entropy)
+    if o.aggregation == "token":
+        return torch.cat(answers).mean()
+    if o.aggregation == "sequence":
+        return torch.stack([answer.mean() for answer in answers]).mean()
+    return torch.cat(answers).sum() / (len(answers) * o.max_new_tokens)
+
+
+def off_policy(batch: RolloutBatch) -> dict[str, np.ndarray]:
+    """Advantages, and log-probabilities of older policies: far enough that some ratios are clipped."""
+    rng = np.random.default_rng(5)
+    exact = batch.behaviour_log_probs
+    return {
+        "advantages": batch.spread(advantages_of(batch)),
+        "old_log_probs": exact + rng.normal(0, 0.3, len(exact)).astype(np.float32),
+        "ref_log_probs": exact + rng.normal(0, 0.5, len(exact)).astype(np.float32),
+        "behaviour": exact,
+    }
+
+
+def first_gradients(worker) -> dict[str, torch.Tensor]:
+    """Read off AdamW's first moment, which is (1 - beta1) · gradient behind the first step."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    engine = worker.engine
+    engine._optimizer._hp_optimizer_states_linked = False  # else DeepSpeed links those of the first group only
+    engine._optimizer._lazy_init_hp_params_optimizer_state()
+    return {
+        name: safe_get_full_optimizer_state(parameter, "exp_avg").view(parameter.shape).clone() / (1 - BETA1)
+        for name, parameter in worker.network.named_parameters()
+    }
+
+
+CASES = {
+    "token mean": {},
+    "answer mean": {"aggregation": "sequence"},
+    "constant": {"aggregation": "constant"},
+    "clip-higher at T 0.7": {"clip_high": 0.28, "temperature": 0.7},
+    "gspo": {"objective": "gspo", "aggregation": "sequence", "clip_low": 0.05},
+    "cispo": {"objective": "cispo"},
+    "entropy": {"entropy_coefficient": 0.1},
+    "behaviour correction": {"behaviour_correction": True, "behaviour_cap": 1.2},
+    "one row a pass": {"micro_batch_tokens": 64},
+    "longer rows": {"row_length": 256},
+    "row by row of 32": {"row_length": 32, "micro_batch_tokens": 32, "aggregation": "sequence"},
+    "recomputed activations": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_loss_and_gradient_are_those_of_the_formula_in_float64(run, batch, options):
+    job = make_job(run, kl_coefficient=0.2, **options)
+    policy = make_policy(job)
+    columns = off_policy(batch)
+    model = load_masters(run).double()
+    expected = expected_loss(model, batch, job.options, columns, 0.2)
+    expected.backward()
+    given = {name: column for name, column in columns.items() if name != "behaviour"}
+    seen = policy.update(with_columns(batch, **given), 1e-4, 0.2).value
+    assert seen["loss"] == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)  # terms of both signs and about 1
+    if job.options.objective == "ppo":
+        assert 0.1 < seen["clip_fraction"] < 0.9
+    found = first_gradients(policy)
+    for name, parameter in model.named_parameters():
+        difference = (found[name].double() - parameter.grad).norm() / parameter.grad.norm()
+        assert difference < 1e-5, f"{name}: {difference}"
+
+
+def test_minibatches_are_the_answers_in_order_each_an_update_of_its_own(run, batch):
+    """Two minibatches: the weights behind both are those behind two batches of half the answers."""
+    columns = {name: c for name, c in off_policy(batch).items() if name != "behaviour"}
+    whole = with_columns(batch, **columns)
+    together = make_policy(make_job(run, kl_coefficient=0.2, minibatches=2))
+    together.update(whole, 1e-3, 0.2)
+    order = np.random.default_rng([together.job.options.seed, int(batch.sample_ids[0]), 0]).permutation(2)
+    apart = make_policy(make_job(run, kl_coefficient=0.2))
+    for half in order:
+        apart.update(whole.take(np.arange(8) + 8 * half), 1e-3, 0.2)
+    ours, theirs = together.engine.master_weights(), apart.engine.master_weights()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("objective", ["ppo", "gspo", "cispo"])
+def test_what_stands_where_nothing_was_sampled_changes_neither_loss_nor_gradient(run, batch, objective):
+    """NaN in the columns of prompts and padding; the loss is a row of everything that is watched."""
+    columns = off_policy(batch)
+    columns["behaviour_log_probs"] = columns.pop("behaviour")
+    terms = PolicyLossTerms(objective=objective, behaviour_cap=2.0, entropy_coefficient=0.1, max_sequences=16)
+    model = load_masters(run)
+    (one,) = micro_batches(batch, 64, 100, {**columns, "weights": np.ones_like(batch.behaviour_log_probs)})
+
+    def results(garbage: float) -> list[torch.Tensor]:
+        arrays = {name: torch.from_numpy(array.copy()) for name, array in one.arrays.items()}
+        for name in columns:
+            arrays[name][arrays["labels"] < 0] = garbage
+        loss, watched = policy_objective(terms)(model, kl_coefficient=torch.tensor(0.1), **arrays)
+        return [loss.detach(), watched[:6], *torch.autograd.grad(loss, list(model.parameters()))]
+
+    clean = results(0.0)
+    assert all(found.isfinite().all() for found in clean)
+    for garbage in (float("nan"), float("inf"), -1e30):
+        assert all(torch.equal(a, b) for a, b in zip(clean, results(garbage), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 10_000, 1 << 25])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_published_are_the_bits_that_the_policy_computes_with(tmp_path, dtype, tied, bucket_bytes):
+    policy = make_policy(make_job(write_run(tmp_path / "sft", 10.0, tied), dtype=dtype))
+    buckets = list(weight_buckets(policy.network, policy.engine, bucket_bytes))
+    assert len(buckets) > 1 or bucket_bytes == 1 << 25
+    published = policy.publish(0).value
+    published = type(published)(3, buckets)
+    found = dict(unpack(published, lambda data: data))
+    expected = dict(policy.network.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert found[name].dtype == getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype])
+        assert torch.equal(found[name], parameter), name
+
+
+def test_a_rollout_worker_holds_what_was_published_last_and_answers_for_no_other_version(run, batch):
+    policy = make_policy(make_job(run))
+    worker = RolloutWorker(0, 1, 1, policy.job)
+    worker.setup()
+    with pytest.raises(RuntimeError, match="weights 0 are wanted, these are -1"):
+        worker.generate(make_request(version=0))
+    for version in (0, 1):
+        published = policy.publish(version).value
+        assert worker.load(published).value == version
+        loaded = dict(worker.engine.model.named_parameters())
+        assert all(torch.equal(loaded[name], p) for name, p in policy.network.named_parameters())
+        answers = worker.generate(make_request(version=version)).value
+        assert (answers.versions == version).all()
+        assert np.array_equal(answers.tokens, batch.tokens) == (version == 0)
+        policy.update(with_columns(batch, advantages=advantages_of(batch)), 1e-2, 0.0)
+    with pytest.raises(RuntimeError, match="weights 0 are wanted, these are 1"):
+        worker.generate(make_request(version=0))
+
+
+def test_a_version_that_is_there_already_is_not_loaded_again(run):
+    policy = make_policy(make_job(run))
+    worker = RolloutWorker(0, 1, 1, policy.job)
+    worker.setup()
+    published = policy.publish(4).value
+    worker.load(published)
+    reloaded = worker.engine.version
+    worker.load(published)
+    assert worker.engine.version == reloaded
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A policy whose adapter has learned something, and the batch that it learned from."""
+    policy = make_policy(make_job(write_run(tmp_path / "sft", 10.0, tied=False), lora_rank=4))
+    batch = sample(policy)
+    policy.update(with_columns(batch, advantages=advantages_of(batch)), 3e-2, 0.0)
+    return policy, batch
+
+
+def test_an_adapter_is_published_in_the_weights(adapted):
+    policy, _ = adapted
+    answers = sample(policy)
+    found = dict(unpack(policy.publish(1).value, ray.get))
+    adapters = 0
+    for name, weight in found.items():
+        module = policy.network.get_submodule(name.rpartition(".")[0])
+        exact = module.weight.double()
+        if hasattr(module, "lora_A_default"):
+            exact = exact + 2.0 * module.lora_B_default.double() @ module.lora_A_default.double()  # alpha / rank = 2
+            adapters += 1
+            assert not torch.equal(weight, module.weight)
+        assert (weight.double() - exact).norm() < 1e-7 * exact.norm(), name
+    assert adapters == 2 * 7
+    assert np.abs(policy.log_probs(answers).value - answers.behaviour_log_probs).max() < 1e-5
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it(adapted):
+    policy, batch = adapted
+    exact = reference_log_probs(policy.job, batch)
+    assert np.array_equal(policy.reference_log_probs(batch).value, exact)
+    assert np.abs(policy.log_probs(batch).value - exact).max() > 1e-3, "which has learned something"
+
+
+# -------------------------------------------------------------------------------------------- critic and reward model
+
+
+def full_row_batch(batch: RolloutBatch) -> RolloutBatch:
+    """The batch with one more sequence, that fills a row of 64 to its last token."""
+    rng = np.random.default_rng(0)
+    answer = rng.integers(10, 6400, 54).astype(np.int32)
+    long = RolloutBatch(
+        np.concatenate([rng.integers(10, 6400, 10).astype(np.int32), answer]),
+        np.array([10], dtype=np.int32),
+        np.array([54], dtype=np.int32),
+        np.array([16]),
+        np.array([0]),
+        np.array([False]),
+        np.zeros(54, dtype=np.float32),
+        np.zeros(54, dtype=np.int32),
+    )
+    return RolloutBatch.concatenate([batch, long])
+
+
+@pytest.fixture
+def critic(smooth_run):
+    worker = CriticWorker(0, 1, 1, make_job(smooth_run, "ppo", value_clip=0.05))
+    worker.setup(None)
+    with torch.no_grad():  # a new head says 0 everywhere
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in worker.network.named_parameters():
+            if name.startswith("value_head"):
+                value = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(value)
+                _set_master(parameter, value)
+    return worker
+
+
+def _set_master(parameter, value) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(parameter, value)
+
+
+def values_of(model: ValueModel, batch: RolloutBatch) -> list[torch.Tensor]:
+    """Of every position from the last of the prompt on, sequence by sequence."""
+    found = []
+    ends = np.cumsum(batch.lengths)
+    for end, length, n in zip(ends, batch.lengths, batch.answer_lens, strict=True):
+        ids = torch.from_numpy(batch.tokens[end - length : end].astype(np.int64))
+        found.append(model(ids[None])[0, length - n - 1 :])
+    return found
+
+
+def test_values_are_of_the_state_before_each_token_and_of_the_one_behind_the_answer(critic, batch):
+    batch = full_row_batch(batch)
+    with torch.no_grad():
+        exact = values_of(critic.network, batch)
+    values, behind = critic.values(batch).value
+    assert values.std() > 0.1
+    assert np.abs(values - torch.cat([v[:-1] for v in exact]).numpy()).max() < 1e-5
+    assert np.abs(behind - torch.stack([v[-1] for v in exact]).numpy()).max() < 1e-5
+
+
+def test_loss_and_gradient_of_the_critic_are_those_of_the_formula_in_float64(critic, batch):
+    values, _ = critic.values(batch).value
+    rng = np.random.default_rng(0)
+    old, returns = (values + rng.normal(0, 1, len(values)).astype(np.float32) for _ in range(2))
+    model = copy.deepcopy(critic.network).double()
+    new = torch.cat([v[:-1] for v in values_of(model, batch)])
+    o, r = (torch.from_numpy(x).double() for x in (old, returns))
+    bounded = o + (new - o).clamp(-0.05, 0.05)
+    expected = (torch.maximum((new - r) ** 2, (bounded - r) ** 2) / 2).mean()
+    expected.backward()
+    seen = critic.update(with_columns(batch, values=old, returns=returns), 1e-4).value
+    assert seen["value_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    found = first_gradients(critic)
+    for name, parameter in model.named_parameters():
+        assert (found[name].double() - parameter.grad).norm() < 1e-5 * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize("workers", [2, 3, 20])
+def test_shares_of_several_reference_and_reward_workers_make_the_whole(run, batch, tmp_path, workers):
+    """Also with more workers than sequences."""
+    reward_run = tmp_path / "reward"
+    RewardModel.from_decoder(load_masters(run)).save_pretrained(reward_run, tokenizer_folder=None)
+    job = make_job(run, reward_model=reward_run)
+    lengths = {"log_probs": batch.answer_lens, "rewards": np.ones(len(batch), dtype=np.int64)}
+    for kind, method in ((ReferenceWorker, "log_probs"), (RewardWorker, "rewards")):
+        found = []
+        for n in (1, workers):
+            parts = []
+            for rank in range(n):
+                worker = kind(rank, n, 1, job)
+                worker.setup()
+                parts.append(getattr(worker, method)(batch).value)
+            found.append(restore([part for part, _ in parts], [values for _, values in parts], lengths[method]))
+        assert len(found[0]) == lengths[method].sum()
+        assert np.abs(found[0] - found[1]).max() < 1e-5
+        assert found[0].std() > 1e-4
+
+
+# -------------------------------------------------------------------------------------------------- batches from Ray
+
+
+def hashes(batch: RolloutBatch) -> dict[str, str]:
+    return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays_of(batch).items()}
+
+
+def test_no_method_writes_into_what_it_is_handed(run, batch):
+    """Ray hands out read-only views, but torch can write through them."""
+    columns = {name: c for name, c in off_policy(batch).items() if name != "behaviour"}
+    policy_batch = with_columns(batch, **columns)
+    critic_batch = with_columns(batch, values=batch.behaviour_log_probs, returns=columns["advantages"])
+    job = make_job(run, kl_coefficient=0.1, update_epochs=2, minibatches=2)
+    policy, critic = make_policy(job), CriticWorker(0, 1, 1, make_job(run, "ppo"))
+    critic.setup(None)
+    before = hashes(policy_batch), hashes(critic_batch)
+    for one in (policy_batch, critic_batch):
+        for array in arrays_of(one).values():
+            array.flags.writeable = False
+    policy.log_probs(policy_batch)
+    policy.update(policy_batch, 1e-3, 0.1)
+    reference_log_probs(job, policy_batch)
+    critic.values(critic_batch)
+    critic.update(critic_batch, 1e-3)
+    assert (hashes(policy_batch), hashes(critic_batch)) == before
+
+
+@pytest.mark.parametrize("workers", [1, 2, 6])
+def test_several_samplers_answer_what_one_would(run, workers):
+    """4 prompts on 2 and on 6 workers, also greedily (evaluation), in the order of the sample numbers."""
+    policy = make_policy(make_job(run, batch_invariant=True, rollout_slots=4))
+    published = policy.publish(0).value
+    for temperature in (1.0, 0.0):
+        request = make_request(temperature=temperature)
+        parts = []
+        for rank in range(workers):
+            worker = RolloutWorker(rank, workers, 1, policy.job)
+            worker.setup()
+            worker.load(published)
+            parts.append(worker.generate(request).value)
+        merged = RolloutBatch.concatenate(parts)
+        merged = merged.take(np.argsort(merged.sample_ids, kind="stable"))
+        alone = RolloutWorker(0, 1, 1, policy.job)
+        alone.setup()
+        alone.load(published)
+        expected = alone.generate(request).value
+        assert merged.sample_ids.tolist() == list(range(16))
+        for name, array in arrays_of(expected).items():
+            assert np.array_equal(array, arrays_of(merged)[name]), name
+        ends = expected.tokens[np.cumsum(expected.lengths) - 1]
+        assert np.array_equal(expected.stopped, np.isin(ends, policy.job.stop_ids))

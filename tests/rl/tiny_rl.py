@@ -1,0 +1,122 @@
+"""A tiny policy, prompts, and the workers of a run as plain objects: what the tests of the RL loop share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from minigpt.generation.sampling import SamplingParams
+from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+from minigpt.rl.batch import RolloutBatch
+from minigpt.rl.options import GRPOOptions, PPOOptions
+from minigpt.rl.request import PromptRequest
+from minigpt.rl.workers import Job, PolicyWorker, RolloutWorker
+from minigpt.trainer.weights import write_language_model
+
+SHIPPED_TOKENIZER = Path(__file__).resolve().parents[2] / "minigpt" / "model"
+STOP_IDS = (2, 0)
+BETA1 = 0.9
+PLAIN: dict[str, Any] = {"dtype": "fp32", "compile": False, "threads": 1, "tensorboard": False, "beta1": BETA1}
+
+
+def write_run(folder: Path, sharpness: float = 1.0, tied: bool = True) -> Path:
+    """The folder of a fine-tuned run with random weights; `sharpness` scales the logits, so that some tokens are
+    likelier than others."""
+    torch.manual_seed(0)
+    config = MiniGPTConfig(
+        vocab_size=6400,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+    )
+    model = MiniGPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(sharpness)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_language_model(
+        folder,
+        model,
+        dict(model.state_dict()),
+        name="sft",
+        tokenizer_folder=SHIPPED_TOKENIZER,
+        stop_token="<|im_end|>",
+        dtype="fp32",
+    )
+    return folder
+
+
+def make_job(init: Path, name: str = "grpo", row_length: int = 64, **options: Any) -> Job:
+    """Of 4 prompts with 4 answers each, unless the options say otherwise."""
+    kind = PPOOptions if name == "ppo" else GRPOOptions
+    sizes = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 12}
+    made = kind(save_dir=init.parent / name, init=init, **{**PLAIN, **sizes, "grad_clip": 0.0, **options})
+    return Job(made, init, row_length, min(row_length, 32), STOP_IDS, SHIPPED_TOKENIZER, name)
+
+
+def make_policy(job: Job) -> PolicyWorker:
+    worker = PolicyWorker(0, 1, 1, job)
+    worker.setup(None)
+    return worker
+
+
+def make_request(
+    prompts: int = 4, samples: int = 4, version: int = 0, seed: int = 0, max_new_tokens: int = 12, **sampling: Any
+) -> PromptRequest:
+    """Prompts of 3 to 20 random tokens."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 21, prompts).astype(np.int32)
+    params = SamplingParams(
+        **{"max_new_tokens": max_new_tokens, "temperature": 1.0, "stop_token_ids": STOP_IDS, "seed": 7} | sampling
+    )
+    ids = rng.integers(10, 6400, int(lengths.sum())).astype(np.int32)
+    return PromptRequest(ids, lengths, np.arange(prompts), samples * np.arange(prompts), samples, params, version)
+
+
+def sample(policy: PolicyWorker, request: PromptRequest | None = None) -> RolloutBatch:
+    """Answers by a rollout worker that got its weights from the policy."""
+    worker = RolloutWorker(0, 1, 1, policy.job)
+    worker.setup()
+    worker.load(policy.publish(0).value)
+    return worker.generate(request or make_request(temperature=policy.job.options.temperature)).value
+
+
+def with_columns(batch: RolloutBatch, **columns: np.ndarray) -> RolloutBatch:
+    """The batch with these columns; one value a sequence is spread over its answer."""
+    spread = {
+        name: (batch.spread(values) if len(values) == len(batch) else values).astype(np.float32)
+        for name, values in columns.items()
+    }
+    return RolloutBatch(**{**vars(batch), "columns": spread})
+
+
+def arrays_of(batch: RolloutBatch) -> dict[str, np.ndarray]:
+    return {**{name: value for name, value in vars(batch).items() if name != "columns"}, **batch.columns}
+
+
+def plain_forward(model: nn.Module, batch: RolloutBatch, temperature: float = 1.0) -> list[tuple[torch.Tensor, ...]]:
+    """(log-probabilities, entropies) of each answer's tokens: sequence by sequence, all logits, torch's log_softmax."""
+    found = []
+    ends = np.cumsum(batch.lengths)
+    for end, length, n in zip(ends, batch.lengths, batch.answer_lens, strict=True):
+        ids = torch.from_numpy(batch.tokens[end - length : end].astype(np.int64))
+        logits = model(ids[None]).logits[0, length - n - 1 : length - 1]
+        log_p = (logits / temperature).log_softmax(-1)
+        found.append((log_p.gather(1, ids[length - n :, None])[:, 0], -(log_p.exp() * log_p).sum(-1)))
+    return found
+
+
+def metrics_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of a kind in metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
