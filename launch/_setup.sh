@@ -90,6 +90,8 @@ make_environment() {
 }
 
 ensure_environment() {
+    # Making the environment anew empties it first: never somebody else's, through a link
+    [[ ! -L "$VENV" ]] || die "$VENV is a link: remove it, and an environment of this folder's own is made"
     if [[ "$(cat "$STAMP" 2>/dev/null)" != "$(wanted_stamp)" ]]; then
         exec 9<"$ROOT/launch"
         if command -v flock >/dev/null; then flock 9; fi # two scripts started at once: one installs, the other waits
