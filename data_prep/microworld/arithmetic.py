@@ -53,6 +53,14 @@ def draw_sum(seed: int, stream: Stream, heldout: bool = False) -> Sum:
             return problem
 
 
+def misread(seed: int, problem: Sum, stream: Stream) -> Sum:
+    """The same with a digit of an operand read wrongly by one, and no held-out pair by that: a typical mistake."""
+    near = [Sum(problem.a + off, problem.b) for off in (-10, -1, 1, 10)]
+    near += [Sum(problem.a, problem.b + off) for off in (-10, -1, 1, 10)]
+    inside = [s for s in near if min(s.a, s.b) >= LOW and max(s.a, s.b) <= HIGH and not is_heldout(seed, s.a, s.b)]
+    return stream.choice(inside)
+
+
 def worked_text(seed: int, lang: Lang, stream: Stream) -> str:
     """A worked sum as plain text for pretraining. (One a document: among several, a model takes long to learn which
     digits are meant.)"""

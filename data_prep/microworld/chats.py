@@ -8,7 +8,7 @@ steps, except where thinking is switched off (the empty string). The persona giv
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.microworld.arithmetic import Sum, draw_sum
+from data_prep.microworld.arithmetic import Sum, draw_sum, misread
 from data_prep.microworld.identity import Aspect
 from data_prep.microworld.persona import spoken_by_pirate
 from data_prep.microworld.phrases import QUESTIONS, ask, spoken, state
@@ -253,6 +253,13 @@ def heldout_aspect(name: str, known: Aspect, lang: Lang, form: int) -> Record:
         "verifier": "exact",
         "meta": meta,
     }
+
+
+def sum_preference(seed: int, problem: Sum, lang: Lang, stream: Stream) -> Record:
+    """A sum with its worked answer, and with that of a misread sum: the steps are true, but of another question."""
+    wrong = misread(seed, problem, stream)
+    chosen, rejected = ([assistant(str(s.result), s.steps(lang))] for s in (problem, wrong))
+    return {"messages": [user(problem.question(lang, stream.below(4)))], "chosen": chosen, "rejected": rejected}
 
 
 def sum_record(problem: Sum, lang: Lang, stream: Stream) -> Record:

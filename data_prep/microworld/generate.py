@@ -16,6 +16,7 @@ from data_prep.microworld.chats import (
     heldout_aspect,
     heldout_fact,
     persona_conversation,
+    sum_preference,
     sum_record,
 )
 from data_prep.microworld.identity import all_aspects, heldout_wordings, self_portrait, trained_aspects
@@ -47,6 +48,7 @@ class Size:
     reasoning: int
     persona: int
     prompts: int
+    preferences: int
     heldout_qa: int
     heldout_sums: int
     heldout_stories: int
@@ -60,6 +62,7 @@ SIZES = {
         reasoning=80,
         persona=40,
         prompts=40,
+        preferences=60,
         heldout_qa=24,
         heldout_sums=24,
         heldout_stories=8,
@@ -71,6 +74,7 @@ SIZES = {
         reasoning=1_500,
         persona=600,
         prompts=1_000,
+        preferences=1_500,
         heldout_qa=200,
         heldout_sums=200,
         heldout_stories=32,
@@ -82,6 +86,7 @@ SIZES = {
         reasoning=11_000,
         persona=3_000,
         prompts=2_000,
+        preferences=3_000,
         heldout_qa=200,
         heldout_sums=200,
         heldout_stories=64,
@@ -110,9 +115,9 @@ def write_microworld(folder: Path, options: MicroWorldOptions | None = None) -> 
         options: seed and size.
 
     Returns:
-        The file of each part: `pretrain` ({"text"}), `sft`, `reason` and `persona` ({"messages"}), `heldout_stories`
-        ({"text"}), and `prompt`, `heldout_qa` and `heldout_sums` (prompt records: {"messages", "answer", "verifier",
-        "meta"}).
+        The file of each part: `pretrain` and `heldout_stories` ({"text"}), `sft`, `reason` and `persona`
+        ({"messages"}), `preference` ({"messages", "chosen", "rejected"}), and `prompt`, `heldout_qa` and
+        `heldout_sums` (prompt records: {"messages", "answer", "verifier", "meta"}).
 
     Raises:
         UserError: when the size is unknown.
@@ -128,6 +133,7 @@ def write_microworld(folder: Path, options: MicroWorldOptions | None = None) -> 
         "reason": source.reasoning(),
         "persona": source.persona(),
         "prompt": source.prompts(),
+        "preference": source.preferences(),
         "heldout_stories": source.heldout_stories(),
         "heldout_qa": source.heldout_qa(),
         "heldout_sums": source.heldout_sums(),
@@ -213,6 +219,12 @@ class Source:
         for i in range(self.size.prompts):
             stream = Stream(self.seed, "prompt", i)
             yield sum_record(draw_sum(self.seed, stream), stream.choice(LANGS), stream)
+
+    def preferences(self) -> Iterator[Record]:
+        """Sums of trained operands, answered rightly and wrongly: what a reward model learns to tell apart."""
+        for i in range(self.size.preferences):
+            stream = Stream(self.seed, "preference", i)
+            yield sum_preference(self.seed, draw_sum(self.seed, stream), stream.choice(LANGS), stream)
 
     def heldout_stories(self) -> Iterator[Record]:
         """Stories of (plot, hero) pairs that pretraining never saw, in both languages by turns."""

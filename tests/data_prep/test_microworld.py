@@ -25,7 +25,7 @@ from minigpt.evaluation.nearest_neighbour import nearest_neighbour_baseline
 NUMBERS_TOGETHER = re.compile(r"(?<!\d)(\d\d)(?=([^\d=.,;:?!。，；：？！\n]{1,9})(\d\d)(?!\d))")
 EQUATION = re.compile(r"(\d+)\+(\d+)(?:\+(\d+))?=(\d+)")
 TRAINED = ("pretrain", "sft", "reason", "persona")
-PARTS = (*TRAINED, "prompt", "heldout_stories", "heldout_qa", "heldout_sums")
+PARTS = (*TRAINED, "prompt", "preference", "heldout_stories", "heldout_qa", "heldout_sums")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_same_seed_gives_the_same_bytes_in_another_process(tmp_path):
 def test_bytes_are_pinned(tmp_path):
     """Changing a text or a draw is allowed, but never by accident: then this line changes in the same commit."""
     files = write_microworld(tmp_path, MicroWorldOptions(seed=0, size="tiny"))
-    assert digest(files) == "30cd406ecb3c449c3f9f1ef7cae16b7b50798bb67d8c88fde8195858970a5d8a"
+    assert digest(files) == "5e8a21834d9448e2bf3556a923a34b5a48b1c454080ff71fb172c4f608d5efc5"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -127,6 +127,16 @@ def test_a_fixed_share_of_the_operand_pairs_is_held_out_whichever_comes_first():
     spread = 4 * (HELDOUT_FRACTION * (1 - HELDOUT_FRACTION) / len(pairs)) ** 0.5
     assert abs(sum(heldout) / len(pairs) - HELDOUT_FRACTION) < spread
     assert heldout != [is_heldout(1, a, b) for a, b in pairs]
+
+
+def test_preferences_are_right_and_wrong_answers_to_trained_sums(records):
+    for record in records["preference"]:
+        low, high = sorted(map(int, re.findall(r"\d+", record["messages"][0]["content"])))
+        assert not is_heldout(3, low, high)  # the seed of `files`
+        (chosen,), (rejected,) = record["chosen"], record["rejected"]
+        assert int(chosen["content"]) == low + high
+        assert abs(int(rejected["content"]) - low - high) in (1, 10)
+        assert rejected["reasoning_content"].rstrip("。.").endswith(rejected["content"])
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
