@@ -98,21 +98,22 @@ class Recipe:
 
 
 SEQ_LEN = 256
+START_ACCURACY = 0.3  # of sums with thinking, where GRPO starts
 RECIPES = {
     "cpu-bf16": Recipe(
         {"preset": "s", "dtype": "bf16"},
-        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (90, 1e-3), "grpo": (80, 3e-4),
+        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (250, 1e-3), "grpo": (60, 2e-4),
             "reason": (310, 1e-3), "lora": (60, 4e-3)}, 0.40, 280,
     ),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,
          "num_key_value_heads": 3, "dtype": "fp32"},
-        8, {"pretrain": (600, 6e-3), "sft": (280, 3e-3), "reason_start": (90, 1e-3), "grpo": (80, 3e-4),
+        8, {"pretrain": (600, 6e-3), "sft": (280, 3e-3), "reason_start": (250, 1e-3), "grpo": (60, 2e-4),
             "reason": (230, 1e-3), "lora": (60, 4e-3)}, 0.45, 280,
     ),
     "gpu": Recipe(
         {"preset": "s", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "dtype": "bf16"},
-        32, {"pretrain": (1000, 3e-3), "sft": (500, 1e-3), "reason_start": (60, 1e-3), "grpo": (80, 1e-4),
+        32, {"pretrain": (1000, 3e-3), "sft": (500, 1e-3), "reason_start": (250, 1e-3), "grpo": (60, 1e-4),
              "reason": (340, 1e-3), "lora": (60, 2e-3)}, 0.15, 200,
     ),
 }  # fmt: skip
@@ -238,10 +239,23 @@ def _train(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[
             recipe=f"quickstart-{name}",
             **recipe.model,
         )
+        if name == "reason_start":
+            choice = replace(choice, **_stop_early(data))
         if name != "lora":  # one compiled graph serves all of them, so it pays for the short ones too
             choice = replace(choice, compile=_compiles(choice))
         summaries[name] = train(stage, choice)
     return summaries
+
+
+def _stop_early(data: dict[str, Path]) -> dict[str, Any]:
+    """Options that end a stage as soon as it solves some of the sums (of those that it may train on)."""
+    return {
+        "schedule": "constant",
+        "eval_interval": 10,
+        "eval_tasks": [f"questions:{data['prompt']}"],
+        "eval_thinking": True,
+        "stop_when": f"{data['prompt'].stem}/accuracy>={START_ACCURACY}",
+    }
 
 
 def _grpo_options(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[str, Path]) -> GRPOOptions:

@@ -30,17 +30,25 @@ class TrainingTasks:
         limit: Questions or texts of each task.
         tokenizer_folder: Of the data that the model is trained on.
         valid: The validation split of that data, for `bpb`.
+        enable_thinking: Whether questions are asked with thinking on or off; None: as the model likes.
 
     Raises:
         UserError: for what cannot be read.
     """
 
-    def __init__(self, specs: Sequence[str], limit: int, tokenizer_folder: Path, valid: PackedDataset | None) -> None:
+    def __init__(
+        self,
+        specs: Sequence[str],
+        limit: int,
+        tokenizer_folder: Path,
+        valid: PackedDataset | None,
+        enable_thinking: bool | None = None,
+    ) -> None:
         from minigpt.dataset.chat import ChatEncoder
 
         self.tasks = make_tasks(specs, own_data=valid)
         self.encoder = ChatEncoder(tokenizer_folder)
-        self.settings = Settings(limit=limit)
+        self.settings = Settings(limit=limit, enable_thinking=enable_thinking)
 
     def run(
         self, config: MiniGPTConfig, weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype

@@ -215,12 +215,20 @@ class Loop:
         if isinstance(o, PPOOptions):
             rate = self._rate(o.critic_learning_rate)
             metrics |= self.roles.update_critic(batch, rate)
-        if not (isinstance(o, PPOOptions) and position.step < o.critic_warmup):
+        if self._has_something_to_learn(batch):
             rate = self._rate(o.learning_rate)
             metrics |= {"lr": rate, **self.roles.update_policy(batch, rate, position.kl_coefficient)}
         self._count_nan_steps(metrics)
         self._adapt_kl(metrics, batch)
         return metrics
+
+    def _has_something_to_learn(self, batch: RolloutBatch) -> bool:
+        """False while only the critic learns, and where the gradient is exactly 0: a step would be the momentum's."""
+        o = self.options
+        if isinstance(o, PPOOptions) and self.position.step < o.critic_warmup:
+            return False
+        in_loss = o.entropy_coefficient or (o.kl_coefficient and o.kl_in == "loss")
+        return bool(in_loss or batch.columns["advantages"].any())
 
     def _estimate_advantages(self, experience: Experience, o: PPOOptions) -> dict[str, float]:
         """PPO: the KL is taken off each token's reward, the answer's reward comes with its last token, then GAE."""
@@ -247,7 +255,7 @@ class Loop:
         )
         flat_returns = returns[keep]
         metrics["explained_variance"] = algorithms.explained_variance(
-            torch.from_numpy(values), flat_returns, torch.ones_like(flat_returns)
+            torch.tensor(values), flat_returns, torch.ones_like(flat_returns)
         )
         metrics["value_mean"] = float(values.mean())
         if o.whiten_advantages:

@@ -117,7 +117,7 @@ class RLOptions:
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.999
     grad_clip: float = 1.0
     objective: Literal["ppo", "gspo", "cispo"] = "ppo"
     clip_low: float = 0.2

@@ -115,6 +115,7 @@ class Trainer:
     origin: str
     progress: _Progress = field(default_factory=_Progress)
     speed: _Speed = field(default_factory=_Speed)
+    goal_reached: bool = False
 
     def run(self) -> dict[str, Any]:
         options, run = self.options, self.run_folder
@@ -150,7 +151,7 @@ class Trainer:
         try:
             with GracefulStop() as stop:
                 self._steps(stop)
-            if self.progress.validated_step != self.total_steps:
+            if self.progress.validated_step != self.progress.step:
                 self.validate()
         finally:
             run.pause()
@@ -158,13 +159,14 @@ class Trainer:
 
     def _read_tasks(self) -> TrainingTasks | None:
         """The tasks of `--eval_tasks`, read now so that a wrong path is found out before anything is trained."""
-        if self.options.eval_tasks is None:
+        o = self.options
+        if o.eval_tasks is None:
             return None
         if not hasattr(self.network, "lm_head"):
             raise UserError(f"--eval_tasks judge language models and {self.stage.name} trains no such; leave them out")
         from minigpt.evaluation.during_training import TrainingTasks
 
-        return TrainingTasks(self.options.eval_tasks, self.options.eval_limit, self.data.folder, self.valid)
+        return TrainingTasks(o.eval_tasks, o.eval_limit, self.data.folder, self.valid, o.eval_thinking)
 
     def _resume(self) -> None:
         if self.options.resume == "never":
@@ -197,7 +199,7 @@ class Trainer:
         batches = _prefetch(self._step_batches(), self.tensors, self.stage.statistics)
         nan_steps = 0
         started = time.monotonic()
-        while progress.step < self.total_steps:
+        while progress.step < self.total_steps and not self.goal_reached:
             micro_batches, local = next(batches)
             stop_asked, weight, tokens, labels, pairs = self.engine.sum_over_ranks([float(stop.asked), *local])
             scale = 1.0 / weight if weight else 0.0
@@ -305,13 +307,26 @@ class Trainer:
     def _run_tasks(self, tasks: TrainingTasks) -> None:
         """Rank 0 judges a plain copy of the weights, the others wait; what is trained does not notice."""
         weights = {name.removeprefix("model."): w for name, w in self.engine.master_weights().items()}
+        reached = False
         if self.processes.rank == 0:
             device = self.processes.device
             dtype = torch.float32 if device.type == "cpu" else self.engine.dtype
             plain = self.stage.language_model(self.network, weights)
             result = tasks.run(self.network.config, plain, device, dtype)
             self.run_folder.log(self.progress.step, {"kind": "eval", **result, "tokens": self.progress.tokens})
-        self.engine.barrier()
+            reached = self._is_reached(result)
+        self.goal_reached = self.engine_broadcast(reached)
+
+    def _is_reached(self, result: dict[str, float]) -> bool:
+        """Whether `stop_when` ends the run here."""
+        if self.options.goal is None:
+            return False
+        metric, value = self.options.goal
+        if metric not in result:
+            raise UserError(f"--stop_when names {metric!r}; the tasks measure {', '.join(result) or 'nothing'}")
+        if reached := result[metric] >= value:
+            self.run_folder.say(f"{self.options.stop_when} is reached at step {self.progress.step}")
+        return reached
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from minigpt.errors import UserError
+
+_GOAL = re.compile(r"\S+>=-?\d+(\.\d+)?")
 
 SHAPE = (
     "vocab_size",
@@ -63,6 +66,8 @@ class TrainOptions:
         eval_rows: At most this many rows of the validation split.
         eval_tasks: Also run these tasks at each validation, NAME:PATH each, as `minigpt eval --tasks` takes them.
         eval_limit: At most this many questions or texts of each task.
+        eval_thinking: true: these questions are asked with thinking on; false: off; null: as the model likes.
+        stop_when: End the run early when one of their results gets there: TASK/METRIC>=VALUE.
         save_interval: Steps between two checkpoints; 0: only at the end.
         keep_checkpoints: How many checkpoints are kept; older ones are deleted.
         resume: auto: go on from the newest good checkpoint in save_dir. never: ignore checkpoints.
@@ -111,6 +116,8 @@ class TrainOptions:
     eval_rows: int = 64
     eval_tasks: list[str] | None = None
     eval_limit: int = 64
+    eval_thinking: bool | None = None
+    stop_when: str | None = None
     save_interval: int = 0
     keep_checkpoints: int = 2
     resume: Literal["auto", "never"] = "auto"
@@ -136,6 +143,18 @@ class TrainOptions:
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and less than 1")
         _require(0 < self.epochs < math.inf, "epochs", self.epochs, "a number above 0")
+        if self.stop_when is not None:
+            _require(bool(_GOAL.fullmatch(self.stop_when)), "stop_when", self.stop_when, "TASK/METRIC>=VALUE")
+            if not (self.eval_tasks and self.eval_interval):
+                raise UserError("--stop_when looks at --eval_tasks every --eval_interval steps: give both")
+
+    @property
+    def goal(self) -> tuple[str, float] | None:
+        """The metric that `stop_when` names, and the value that ends the run."""
+        if self.stop_when is None:
+            return None
+        metric, _, value = self.stop_when.partition(">=")
+        return metric, float(value)
 
     @property
     def shape_overrides(self) -> dict[str, int]:

@@ -31,6 +31,7 @@ OURS = (
 FREE_TO_CHANGE = {
     "save_dir", "data", "init", "resume", "overwrite", "threads", "log_interval", "tensorboard", "recipe",
     "save_interval", "keep_checkpoints", "eval_interval", "eval_rows", "eval_tasks", "eval_limit",
+    "eval_thinking", "stop_when",
     "export_dtype", "micro_batch_size", "max_steps", "epochs",
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_run import assert_same_weights, metrics
+from small_run import SMALL, assert_same_weights, metrics
 
 from minigpt.evaluation.task import Settings
 from minigpt.evaluation.tasks import make_tasks
@@ -46,6 +46,22 @@ def test_training_is_bit_identical_with_and_without_tasks(train, packed, texts, 
     assert plot_details(Curve("pretrain", records), tmp_path / "details.png") is not None
     assert b"eval/questions/accuracy" in next((tmp_path / "judged" / "tensorboard").iterdir()).read_bytes()
     build_report(tmp_path / "judged")
+
+
+def test_a_run_ends_when_its_goal_is_reached(train, minigpt, packed, texts, questions, tmp_path):
+    common = ("--data", packed, "--max_steps", 6, "--eval_interval", 2, "--eval_limit", 3)
+    goal = ("--eval_tasks", f"questions:{questions}", "--stop_when")
+    told = train("pretrain", *common, *goal, "questions/accuracy>=0", "--save_dir", tmp_path / "easy")
+    assert "questions/accuracy>=0 is reached at step 2" in told
+    assert json.loads((tmp_path / "easy" / "summary.json").read_text())["steps"] == 2
+    assert (tmp_path / "easy" / "hf" / "config.json").exists()
+    train("pretrain", *common, *goal, "questions/accuracy>=1.1", "--save_dir", tmp_path / "never")
+    assert json.loads((tmp_path / "never" / "summary.json").read_text())["steps"] == 6
+    for wrong, why in (("accuracy > 1", "TASK/METRIC>=VALUE"), ("sums/accuracy>=0.5", "questions/accuracy")):
+        ended = minigpt("train", "pretrain", *SMALL, *common, *goal, wrong, "--save_dir", tmp_path / "wrong")
+        assert why in ended.sentence()
+    ended = minigpt("train", "pretrain", *SMALL, "--stop_when", "x/y>=1", "--save_dir", tmp_path / "wrong")
+    assert "--eval_tasks" in ended.sentence()
 
 
 def bits_per_byte(run: Path, texts: Path) -> float:
