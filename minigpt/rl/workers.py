@@ -450,6 +450,10 @@ class CriticWorker(TrainedWorker):
         last = np.cumsum(batch.answer_lens) - 1
         return Timed((found[:, 0].copy(), found[last, 1]), time.perf_counter() - started)
 
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """As the policy's, and one more is kept: a run killed before the policy's is written needs the one before."""
+        checkpoint.save(self.engine, folder, state, self.job.options.keep_checkpoints + 1)
+
     def _values_of(self, tensors: dict[str, torch.Tensor]) -> np.ndarray:
         """[B·T, 2]: the value where a token is predicted, and one place on, where that token was read."""
         values = self.engine.evaluate(tensors).float().cpu().numpy()
