@@ -244,7 +244,7 @@ class Loop:
             )
             kl = algorithms.kl_estimate(old, reference, keep, "k1").numpy()
             token_rewards -= self.position.kl_coefficient * kl
-            metrics["kl_per_answer"] = float(kl.sum() / len(batch))
+            metrics |= {"kl": float(kl.sum() / mask.sum()), "kl_per_answer": float(kl.sum() / len(batch))}
         advantages, returns = algorithms.gae(
             torch.from_numpy(token_rewards),
             torch.from_numpy(batch.padded(values)[0]),

@@ -364,6 +364,8 @@ class PolicyWorker(TrainedWorker):
         )
         found = {"loss": loss / denominators}
         found |= {name: x / max(1.0, labels) for name, x in zip(self.terms.metrics, metrics, strict=True)}
+        if "ref_log_probs" not in self._columns(batch):
+            del found["kl"]  # nothing was compared
         found |= {
             "grad_norm": float(np.mean(norms)),
             "skipped": float(skipped),
