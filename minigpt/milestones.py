@@ -1,7 +1,8 @@
 """`minigpt verify N`: the check that ends milestone N of the guide, told line by line.
 
 Each check does what the guide's own script does and looks a little closer: besides the shape of an output it asks for
-what would be different if the code were wrong. Nothing is written but the runs of milestones 4 and 5 in `save_dir`.
+what would be different if the code were wrong. Nothing is written but the runs of milestones 4, 5, 9 and 10 in
+`save_dir`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class VerifyOptions:
 
     Args:
         milestone: 1 tokenizer, 2 model, 3 datasets, 4 pretraining, 5 supervised fine-tuning, 6 chat, 7 LoRA,
-            8 reasoning.
-        save_dir: Where milestones 4 and 5 train; a run that is finished there is looked at, not trained again.
+            8 reasoning, 9 PPO, 10 GRPO.
+        save_dir: Where milestones 4, 5, 9 and 10 train; a run that is finished there is looked at, not trained again.
     """
 
     milestone: int
@@ -250,6 +251,71 @@ def verify_reasoning(options: VerifyOptions) -> None:
     _expect(set(lighter["weights"][at_tags].tolist()) == {3.0}, "--tag_weight 3 weighs the same rows anew")
 
 
+def verify_ppo(options: VerifyOptions) -> None:
+    """Milestone 9: the advantages are those of the paper, and four models on Ray teach a tiny one to think first."""
+    import torch
+
+    from minigpt.rl.algorithms import gae
+
+    rewards, mask = torch.tensor([[0.0, 0.0, 1.0, 9.0]]), torch.tensor([[1, 1, 1, 0]])  # the last one is padding
+    values = torch.tensor([[0.1, 0.4, 0.7, 9.0]])
+    whole, returns = gae(rewards, values, mask, gamma=1.0, lam=1.0)
+    one_step, _ = gae(rewards, values, mask, gamma=1.0, lam=0.0)
+    print(
+        f"  V = 0.1, 0.4, 0.7, then a reward of 1: advantages {_rounded(whole)} (λ = 1), {_rounded(one_step)} (λ = 0)"
+    )
+    expected = torch.tensor([[0.9, 0.6, 0.3, 0.0]])
+    _expect(torch.allclose(whole, expected), "λ = 1: the advantage is the return minus the value")
+    expected = torch.tensor([[0.3, 0.3, 0.3, 0.0]])
+    _expect(torch.allclose(one_step, expected), "λ = 0: it is what one step adds, r + V' - V; padding has no say")
+    _expect(torch.allclose(returns, torch.tensor([[1.0, 1.0, 1.0, 0.0]])), "the critic is to learn the return, 1")
+    start = _rl_start(options.save_dir)
+    run = _train_rl(
+        "ppo",
+        options.save_dir,
+        *("--reward", "format", "--reward_model", str(start / "judge"), "--critic_learning_rate", "3e-3"),
+        *("--update_epochs", "2", "--kl_coefficient", "0.05"),
+    )
+    records = _check_first_rl_step(run)
+    names = ("value_loss", "kl_per_answer", "reward_model")
+    _expect(
+        all(name in records[0] for name in names), "a critic, a reference and a reward model stood beside the policy"
+    )
+    _check_rise(records, "reward_format", 0.3)
+    _check_rise(records, "reward_model", 0.1)
+    first, last = records[0]["value_loss"], sum(record["value_loss"] for record in records[-3:]) / 3
+    _expect(last < 0.5 * first, f"the critic learns what to expect: its loss falls from {first:.2f} to {last:.2f}")
+
+
+def verify_grpo(options: VerifyOptions) -> None:
+    """Milestone 10: advantages within a group, and two models on Ray teach a tiny one to think before it answers."""
+    import torch
+
+    from minigpt.rl.algorithms import group_advantages
+
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1])
+    advantages = group_advantages(rewards, 4)
+    print(f"  rewards of two groups of 4: {_rounded(rewards)}\n  advantages {_rounded(advantages)}")
+    group = rewards[:4]
+    _expect(
+        torch.allclose(advantages[:4], (group - group.mean()) / group.std(), atol=1e-4),
+        "A = (R - mean) / std of a group",
+    )
+    _expect(advantages[4:].tolist() == [0.0] * 4, "equal rewards teach nothing: exactly 0, no rounding errors")
+    _rl_start(options.save_dir)
+    run = _train_rl("grpo", options.save_dir, "--reward", "format", "accuracy", "--kl_coefficient", "0.04")
+    records = _check_first_rl_step(run)
+    _expect(records[0]["kl"] == 0, "policy and reference are the same model at first: the KL is exactly 0")
+    _expect("value_loss" not in records[0], "there is no critic")
+    _check_rise(records, "reward", 0.5)
+    _check_rise(records, "reward_format", 0.5)
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    for when in ("before", "after"):
+        shown = summary[when]["samples"][0]
+        print(f"  {when} {summary['steps']} steps: {shown['prompt']} → {shown['answer']!r}")
+    _expect(all("<think>" in s["answer"] for s in summary["after"]["samples"]), "the model has come to think first")
+
+
 MILESTONES: dict[int, tuple[str, Callable[[VerifyOptions], None]]] = {
     1: ("tokenizer", verify_tokenizer),
     2: ("model architecture", verify_model),
@@ -259,6 +325,8 @@ MILESTONES: dict[int, tuple[str, Callable[[VerifyOptions], None]]] = {
     6: ("inference and chat", verify_chat),
     7: ("LoRA", verify_lora),
     8: ("reasoning", verify_reasoning),
+    9: ("PPO", verify_ppo),
+    10: ("GRPO", verify_grpo),
 }
 
 
@@ -302,3 +370,103 @@ def _model_of(run: Path) -> tuple[MiniGPT, Path]:
     config_file = run / "hf" / "config.json"
     config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     return MiniGPT(config_from_hf(config, config_file)), next(run.glob("full_sft_*.pth"))
+
+
+def _rounded(values: Any) -> list[float]:
+    return [round(value, 2) for value in values.flatten().tolist()]
+
+
+def _rl_start(folder: Path) -> Path:
+    """What milestones 9 and 10 begin with, made in a few seconds: `folder`/rl_start, a tiny model that thinks before
+    half of its answers; in it `judge`, a reward model that prefers those answers, and `prompts.jsonl`."""
+    import torch
+
+    from minigpt.dataset.chat import ChatEncoder
+    from minigpt.model.model_critic import RewardModel
+    from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+    from minigpt.trainer.train_reward import bradley_terry_loss
+    from minigpt.trainer.weights import write_language_model
+
+    start = folder / "rl_start"
+    if (start / "hf").exists() and (start / "judge").exists():
+        return start
+    start.mkdir(parents=True, exist_ok=True)
+    encoder = ChatEncoder(TOKENIZER)
+    sums = [(a, b) for a in range(1, 6) for b in range(1, 6)]
+    questions = [{"role": "user", "content": f"{a} + {b} = ?"} for a, b in sums]
+    plain = [{"role": "assistant", "content": str(a + b)} for a, b in sums]
+    thought = [{**answer, "reasoning_content": f"{a} and {b}."} for answer, (a, b) in zip(plain, sums, strict=True)]
+    records = [
+        {"messages": [question], "answer": answer["content"], "verifier": "math", "meta": {}}
+        for question, answer in zip(questions, plain, strict=True)
+    ]
+    lines = [json.dumps(record) for record in records]
+    (start / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    chats = [[q, a] for answers in (thought, plain) for q, a in zip(questions, answers, strict=True)]
+    encoded = [encoder.encode(chat) for chat in chats]
+    longest = max(len(ids) for ids, _ in encoded)
+    x_BT, labels_BT = torch.zeros(len(chats), longest).long(), torch.full((len(chats), longest), -100)
+    for row, (ids, codes) in enumerate(encoded):
+        x_BT[row, : len(ids)] = torch.tensor(ids)
+        learnt = torch.tensor([i if code else -100 for i, code in zip(ids, codes, strict=True)])
+        labels_BT[row, : len(ids) - 1] = learnt[1:]
+    print("  making a tiny model that thinks before half of its answers, and a reward model that likes it", flush=True)
+    torch.manual_seed(0)
+    model = MiniGPT(MiniGPTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+    _fit(model, 200, lambda: model(x_BT, labels=labels_BT).loss_sum / (labels_BT >= 0).sum())
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    write_language_model(
+        start, model, weights, name="sft", tokenizer_folder=TOKENIZER, stop_token="<|im_end|>", dtype="fp32"
+    )
+    judge = RewardModel.from_decoder(model)
+    last = torch.tensor([row * longest + len(ids) - 2 for row, (ids, _) in enumerate(encoded)])  # at <|im_end|>
+
+    def preference() -> Any:
+        rewards = judge(x_BT, last_tokens=last)
+        return bradley_terry_loss(rewards[: len(sums)] - rewards[len(sums) :]).mean()
+
+    _fit(judge, 20, preference)
+    judge.save_pretrained(start / "judge", tokenizer_folder=TOKENIZER)
+    return start
+
+
+def _fit(model: Any, steps: int, loss: Callable[[], Any]) -> None:
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+
+def _train_rl(stage: str, folder: Path, *arguments: str) -> Path:
+    """A short run of PPO or GRPO on the tiny model, seen by the user; returns the finished run."""
+    run, start = folder / f"out_{stage}_test", folder / "rl_start"
+    shared = ["--data", start / "prompts.jsonl", "--eval_data", start / "prompts.jsonl", "--init", start]
+    shared += ["--save_dir", run, "--max_steps", "16", "--prompts_per_step", "8", "--samples_per_prompt", "8"]
+    shared += ["--max_new_tokens", "24", "--learning_rate", "5e-4", "--dtype", "fp32", "--compile", "false"]
+    command = [f"minigpt.trainer.train_{stage}", *map(str, shared), *arguments]
+    print(f"  python -m {' '.join(command)}", flush=True)
+    if subprocess.run([sys.executable, "-m", *command]).returncode:
+        raise UserError(f"the training command failed; what it said stands above, {run} holds what it wrote")
+    return run
+
+
+def _check_first_rl_step(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's steps, after checking what must be true before the first update."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    records = [record for record in lines if record.get("kind") == "train"]
+    first = records[0]
+    _expect(
+        first["sampler_gap_max"] < 1e-4,
+        "what was sampled has the same log-probability for the sampler as for the policy "
+        f"(to {first['sampler_gap_max']:.0e}): the right tokens are learned",
+    )
+    _expect(first["version_lag"] == 0, "the answers are by the weights that learn from them")
+    return records
+
+
+def _check_rise(records: list[dict[str, Any]], name: str, least: float) -> None:
+    first, last = records[0][name], sum(record[name] for record in records[-3:]) / 3
+    _expect(last >= first + least, f"{name} rises: {first:.2f} at first, {last:.2f} at the end")

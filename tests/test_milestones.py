@@ -255,6 +255,51 @@ def test_verify_looks_at_the_runs_of_the_guide(number, package, tuned, monkeypat
     assert capsys.readouterr().out.rstrip().endswith(f"milestone {number} is passed")
 
 
+@pytest.mark.slow
+def test_verify_trains_by_reinforcement_on_ray_and_looks_at_what_came_of_it(tmp_path, capfd):
+    """Milestones 9 and 10 in one folder: the second check finds the tiny model that the first one made."""
+    for number, groups in (
+        (9, "policy (1) + critic (1) + reference (1) + reward (1)"),
+        (10, "policy (1) + reference (1)"),
+    ):
+        main(["verify", str(number), "--save_dir", str(tmp_path)])
+        printed = capfd.readouterr().out
+        assert f"{groups} + rollout (1)" in printed  # four models, and two
+        assert ("making a tiny model" in printed) == (number == 9)
+        assert printed.rstrip().endswith(f"milestone {number} is passed")
+
+
+@pytest.mark.parametrize(
+    ("number", "stage", "change", "sentence"),
+    [
+        (10, "grpo", {"sampler_gap_max": 1.5}, "same log-probability"),
+        (10, "grpo", {"version_lag": 1.0}, "the weights that learn from them"),
+        (10, "grpo", {"kl": 0.01}, "the KL is exactly 0"),
+        (10, "grpo", {"reward": 1.9}, "reward rises"),
+        (9, "ppo", {"reward_model": 2.9}, "reward_model rises"),
+        (9, "ppo", {"value_loss": 0.1}, "the critic learns"),
+    ],
+)
+def test_verify_fails_when_reinforcement_was_not_what_it_should_be(number, stage, change, sentence, tmp_path, capsys):
+    """A finished run whose first step is changed in one number."""
+    (tmp_path / "rl_start" / "hf").mkdir(parents=True)
+    (tmp_path / "rl_start" / "judge").mkdir()
+    folder = tmp_path / f"out_{stage}_test"
+    folder.mkdir()
+    good = {"kind": "train", "sampler_gap_max": 1e-6, "version_lag": 0.0, "kl": 0.0, "kl_per_answer": 0.0}
+    first = {**good, "reward": 0.5, "reward_format": -0.5, "reward_model": 0.0}
+    last = {**good, "reward": 2.0, "reward_format": 1.0, "reward_model": 3.0}
+    if stage == "ppo":
+        first, last = {**first, "value_loss": 5.0}, {**last, "value_loss": 0.1}
+    lines = [json.dumps(record) for record in ({**first, **change}, last, last, last)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    (folder / "summary.json").write_text(json.dumps({"stage": stage, "steps": 4, "loss": 0.0}))
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(number), "--save_dir", str(tmp_path)])
+    assert ended.value.code == 1
+    assert sentence in capsys.readouterr().err
+
+
 def test_verify_fails_when_a_run_is_not_what_it_should_be(tmp_path, capsys):
     """A loss that rises is no pretraining."""
     run_folder = tmp_path / "out_test"
@@ -269,5 +314,5 @@ def test_verify_fails_when_a_run_is_not_what_it_should_be(tmp_path, capsys):
     assert "the loss falls" in capsys.readouterr().err
 
 
-def test_there_is_a_check_for_each_milestone_so_far():
-    assert {1, 2, 3, 4, 5, 6, 7, 8} <= set(MILESTONES)
+def test_there_is_a_check_for_each_milestone():
+    assert set(MILESTONES) == set(range(1, 11))

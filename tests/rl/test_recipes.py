@@ -1,5 +1,6 @@
 """The shipped recipes: they parse, their layouts fit the machines that they name and take all of them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,13 @@ def test_a_layout_that_is_written_by_hand_gives_each_worker_its_place():
     beside = [bundle.workers for bundle in found if len(bundle.workers) == 2]
     assert beside == [[("policy", rank), ("reference", rank)] for rank in range(4)]
     assert [bundle.workers for bundle in found if len(bundle.workers) == 1] == [[("rollout", r)] for r in range(12)]
+
+
+def test_the_layouts_in_the_guide_are_layouts(tmp_path):
+    pages = [REPOSITORY / "docs" / name for name in ("rl.md", "rl.zh-CN.md")]
+    blocks = [re.findall(r"^```yaml\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S) for page in pages]
+    assert len(blocks[0]) == 2
+    assert blocks[0] == blocks[1]
+    for block in blocks[0]:
+        (tmp_path / "layout.yaml").write_text(block)
+        assert bundles(choose_layout(str(tmp_path / "layout.yaml"), 2), WITHOUT_CRITIC)
