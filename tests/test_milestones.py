@@ -276,7 +276,7 @@ def test_verify_trains_by_reinforcement_on_ray_and_looks_at_what_came_of_it(tmp_
         (10, "grpo", {"version_lag": 1.0}, "the weights that learn from them"),
         (10, "grpo", {"kl": 0.01}, "the KL is exactly 0"),
         (10, "grpo", {"reward": 1.9}, "reward rises"),
-        (9, "ppo", {"reward_model": 2.9}, "reward_model rises"),
+        (9, "ppo", {"reward_model": 3.1}, "reward_model rises"),
         (9, "ppo", {"value_loss": 0.1}, "the critic learns"),
     ],
 )
