@@ -1,17 +1,20 @@
 """New tokens per second of the generation engine against transformers' `generate`, on the same weights.
 
-    python benchmarks/generate.py [--cases batch ragged group] [--rounds 5] [--threads 2] [--json FILE]
+    python benchmarks/generate.py [--cases batch ragged group rl] [--rounds 5] [--threads 2] [--json FILE]
 
-Config S, vocabulary 6,400, temperature 0.8, top-p 0.85, top-k 50. The cases:
+Config S, vocabulary 6,400. Temperature 0.8, top-p 0.85, top-k 50, but in `rl` temperature 1 and nothing else, with
+log-probabilities. The cases:
 
     batch    16 prompts of 32 tokens, 64 new tokens each
     ragged   64 prompts of 8 to 56 tokens that get 32 to 128 new tokens, in batches of 16 (the peer waits for the
              longest of each batch; ours refills its slots)
     group    8 samples of each of 4 prompts of 512 tokens, 64 new tokens each
+    rl       4 samples of each of 8 prompts of 32 tokens, 64 new tokens each: a rollout of GRPO
 
 All contenders run interleaved (see `common.py`), in float32 and in bfloat16; what a step is for `common.py` is here all
-texts of a case. `--invariant` adds ours with `batch_invariant`. The roofline of a decode step is printed with it: the
-bytes of weights and cache over the measured rate of reading memory, and the time of the operator calls by themselves.
+texts of a case. `--invariant` adds ours with `batch_invariant`, `--torch` ours without the compiled step; `rl` has ours
+without log-probabilities too. The roofline of a decode step is printed with it: the bytes of weights and cache over the
+measured rate of reading memory, the arithmetic over the measured rate of a large product, and what is neither.
 """
 
 from __future__ import annotations
@@ -19,17 +22,26 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common import CONFIG_S, REPOSITORY, Contender, interleave, output_arguments, publish, rates_table, ratios
 
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.85}
-BATCH = 16
-CASES = ["batch", "ragged", "group"]
+RL_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+SLOTS = {"batch": 16, "ragged": 16, "group": 16, "rl": 32}
+TITLES = {
+    "peer": "transformers",
+    "ours": "MiniGPT",
+    "invariant": "MiniGPT batch-invariant",
+    "torch": "MiniGPT torch only",
+}
+TITLES |= {"silent": "MiniGPT without log-probabilities"}
 SMOKE_SHAPE = {**CONFIG_S, "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 128}
 
 
@@ -42,6 +54,8 @@ def workload(case: str, smoke: bool = False) -> list[tuple[list[int], int, int]]
 
     if case == "batch":
         return [(prompt(32), 64 // scale, 1) for _ in range(16)]
+    if case == "rl":
+        return [(prompt(32), 64 // scale, 4) for _ in range(8)]
     if case == "group":
         return [(prompt(512 // scale), 64 // scale, 8) for _ in range(4)]
     requests = [(prompt(generator.randint(8, 56)), 32 + 96 * i // 63, 1) for i in range(64)]
@@ -60,7 +74,8 @@ def contender(who: str, case: str, precision: str, progress: Path, smoke: bool, 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     requests = workload(case, smoke)
     torch.manual_seed(0)
-    generate = _peer(requests, dtype, smoke) if who == "peer" else _ours(requests, dtype, smoke, who == "invariant")
+    model = _model(dtype, smoke)
+    generate = _peer(requests, model, case) if who == "peer" else _ours(requests, model, case, who)
     total = 0
     with open(progress, "a", encoding="utf-8") as file:
         while True:
@@ -75,15 +90,20 @@ def _model(dtype: Any, smoke: bool) -> Any:
     return MiniGPT(MiniGPTConfig(**(SMOKE_SHAPE if smoke else CONFIG_S))).to(dtype).eval()
 
 
-def _ours(requests: list, dtype: Any, smoke: bool, invariant: bool) -> Any:
+def _sampling(case: str) -> dict[str, Any]:
+    return RL_SAMPLING if case == "rl" else SAMPLING
+
+
+def _ours(requests: list, model: Any, case: str, who: str) -> Any:
     from minigpt.generation.engine import Engine
     from minigpt.generation.sampling import SamplingParams
 
-    engine = Engine(_model(dtype, smoke), slots=BATCH, prefix_cache_tokens=0, batch_invariant=invariant)
+    engine = Engine(model, slots=SLOTS[case], prefix_cache_tokens=0, batch_invariant=who == "invariant")
+    log_probs = case == "rl" and who != "silent"
 
     def generate() -> int:
         submitted = [
-            engine.submit(ids, SamplingParams(max_new_tokens=new, seed=i, **SAMPLING), n=n)
+            engine.submit(ids, SamplingParams(max_new_tokens=new, seed=i, **_sampling(case)), n=n, log_probs=log_probs)
             for i, (ids, new, n) in enumerate(requests)
         ]
         while engine.has_work:
@@ -93,25 +113,24 @@ def _ours(requests: list, dtype: Any, smoke: bool, invariant: bool) -> Any:
     return generate
 
 
-def _peer(requests: list, dtype: Any, smoke: bool) -> Any:
+def _peer(requests: list, ours: Any, case: str) -> Any:
     """transformers on the exported weights; a batch ends when its longest text does, and only wanted tokens count."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     with tempfile.TemporaryDirectory() as folder:
-        _model(dtype, smoke).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        ours.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.model.embed_tokens.weight.dtype).eval()
     rows = [(ids, new) for ids, new, n in requests for _ in range(n)]
 
     def generate() -> int:
-        for first in range(0, len(rows), BATCH):
-            batch = rows[first : first + BATCH]
+        for first in range(0, len(rows), SLOTS[case]):
+            batch = rows[first : first + SLOTS[case]]
             longest, new = max(len(ids) for ids, _ in batch), max(new for _, new in batch)
             ids = torch.tensor([[0] * (longest - len(i)) + i for i, _ in batch])
             mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i, _ in batch])
-            config = GenerationConfig(
-                do_sample=True, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None, **SAMPLING
-            )
+            length = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "eos_token_id": None}
+            config = GenerationConfig(do_sample=True, **length, **_sampling(case))
             with torch.inference_mode():
                 model.generate(ids, attention_mask=mask, generation_config=config)
         return sum(new for _, new in rows)
@@ -122,11 +141,12 @@ def _peer(requests: list, dtype: Any, smoke: bool) -> Any:
 # ------------------------------------------------------------------------------------------------------------ roofline
 
 
-def roofline(precision: str, smoke: bool, threads: int) -> dict[str, float]:
-    """What a decode step of the `batch` case must take at least, and what it takes, in milliseconds.
+def roofline(case: str, precision: str, smoke: bool, threads: int) -> dict[str, float]:
+    """What a decode step of a case must take at least, and what it takes, in milliseconds.
 
-    `memory` is the time to read the weights of all products and the used cache once; `calls` the time of a step of the
-    same network with the smallest shapes, where nothing but calling operators is left.
+    `memory` is the time to read the weights of all products and the used cache once, `products` the arithmetic of all
+    products at the rate of a large float32 one, `calls` the time of a step of the same rows in the smallest network,
+    where nothing is left but Python and sampling.
     """
     import torch
 
@@ -137,31 +157,46 @@ def roofline(precision: str, smoke: bool, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     shape = SMOKE_SHAPE if smoke else CONFIG_S
-    tiny = {**shape, "vocab_size": 128, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    tiny = {**shape, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
     step: dict[str, float] = {}
-    read_bytes = 0
+    read_bytes = parameters = 0
     for name, config in (("step", shape), ("calls", {**tiny, "intermediate_size": 32, "head_dim": 16})):
         model = MiniGPT(MiniGPTConfig(**config)).to(dtype).eval()
-        rows = BATCH if name == "step" else 1
-        engine = Engine(model, slots=rows, prefix_cache_tokens=0)
-        for i in range(rows):
-            engine.submit([1] * 32, SamplingParams(max_new_tokens=64, seed=i, **SAMPLING))
+        engine = Engine(model, slots=SLOTS[case], prefix_cache_tokens=0)
+        for i in range(SLOTS[case]):
+            params = SamplingParams(max_new_tokens=64, seed=i, **_sampling(case))
+            engine.submit([1] * 32, params, log_probs=case == "rl")
         times = []
         while engine.has_work:
             start = time.perf_counter()
             engine.step()
             times.append(time.perf_counter() - start)
-        step[name] = sorted(times)[len(times) // 2] * 1e3
+        step[name] = _median_ms(times)
         if name == "step":
+            parameters = model.num_parameters()
             read_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
             read_bytes += engine._cache.bytes() * 64 // engine._cache.max_length  # half-way through the texts
-    block = torch.ones(read_bytes // 4)
+    block, square = torch.ones(read_bytes // 4), torch.ones(1024, 1024)
+    rate = 2 * 1024**3 / _median_ms(_times(lambda: square @ square))
+    return {
+        "memory": _median_ms(_times(block.sum)),
+        "products": 2 * parameters * SLOTS[case] / rate,
+        **step,
+        "megabytes": read_bytes / 1e6,
+    }
+
+
+def _times(work: Callable[[], object], repeat: int = 30) -> list[float]:
     times = []
-    for _ in range(30):
+    for _ in range(repeat):
         start = time.perf_counter()
-        block.sum()
+        work()
         times.append(time.perf_counter() - start)
-    return {"memory": sorted(times)[15] * 1e3, **step, "megabytes": read_bytes / 1e6}
+    return times
+
+
+def _median_ms(seconds: list[float]) -> float:
+    return statistics.median(seconds) * 1e3
 
 
 def main() -> None:
@@ -179,26 +214,28 @@ def main() -> None:
         for precision in arguments.precisions:
             ours = f"MiniGPT {precision}"
             result["cases"][case][f"{ours} over"] = ratios(rates, ours)
-            chosen = {n: r for n, r in rates.items() if n == ours or not n.endswith(precision) or "MiniGPT" not in n}
+            chosen = {n: r for n, r in rates.items() if n.endswith(precision) or n.startswith(TITLES["peer"])}
             tables.append(f"### {case}, ours in {precision}\n\n{rates_table(chosen, ours, 'new tokens')}")
-    for precision in arguments.precisions:
-        line = result[f"roofline {precision}"] = roofline(precision, arguments.smoke, arguments.threads)
-        tables.append(
-            f"A decode step of `batch` in {precision}: {line['step']:.2f} ms; reading {line['megabytes']:.0f} MB of "
-            f"weights and cache takes {line['memory']:.2f} ms, calling its operators {line['calls']:.2f} ms."
-        )
+    for case in {"batch", "rl"} & set(arguments.cases):
+        for precision in arguments.precisions:
+            line = roofline(case, precision, arguments.smoke, arguments.threads)
+            result[f"roofline {case} {precision}"] = line
+            tables.append(
+                f"A decode step of `{case}` in {precision}: {line['step']:.2f} ms; reading {line['megabytes']:.0f} MB "
+                f"of weights and cache takes {line['memory']:.2f} ms, the arithmetic of its products "
+                f"{line['products']:.2f} ms, Python and sampling {line['calls']:.2f} ms."
+            )
     publish("Generation, config S", result, "\n\n".join(tables), arguments.json, arguments.markdown)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cases", nargs="+", default=["batch", "ragged", "group"], choices=["batch", "ragged", "group"]
-    )
+    parser.add_argument("--cases", nargs="+", default=list(SLOTS), choices=list(SLOTS))
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--invariant", action="store_true", help="also measure ours with batch_invariant")
+    parser.add_argument("--torch", action="store_true", help="also measure ours without the compiled step")
     parser.add_argument("--contender", nargs=4, help=argparse.SUPPRESS)
     output_arguments(parser)
     arguments = parser.parse_args()
@@ -208,18 +245,19 @@ def _arguments() -> argparse.Namespace:
 
 
 def _contenders(arguments: argparse.Namespace, case: str, folder: Path) -> list[Contender]:
-    kinds = {"MiniGPT": "ours", "transformers": "peer", **({"invariant": "invariant"} if arguments.invariant else {})}
+    kinds = ["ours", "peer"]
+    kinds += [kind for kind in ("invariant", "torch") if getattr(arguments, kind)] + ["silent"] * (case == "rl")
     contenders = []
-    for name, who in kinds.items():
+    for who in kinds:
         for precision in arguments.precisions:
-            progress = folder / f"{who}_{precision}.jsonl"
+            progress, log = folder / f"{who}_{precision}.jsonl", folder / f"{who}_{precision}.log"
             command = [
                 *(sys.executable, str(REPOSITORY / "benchmarks" / "generate.py")),
                 *("--contender", who, case, precision, str(progress), "--threads", str(arguments.threads)),
                 *(["--smoke"] if arguments.smoke else []),
             ]
-            title = "MiniGPT batch-invariant" if who == "invariant" else name
-            contenders.append(Contender(f"{title} {precision}", command, progress, folder / f"{who}_{precision}.log"))
+            environment = {"MINIGPT_NATIVE": "0"} if who == "torch" else {}
+            contenders.append(Contender(f"{TITLES[who]} {precision}", command, progress, log, environment))
     return contenders
 
 

@@ -67,6 +67,8 @@ class Completion:
             asked for.
         behaviour_log_probs: Of each id under the distribution that it was drawn from; None if not asked for.
         versions: Of the weights that drew each id; None if no log-probabilities were asked for.
+        top_log_probs: Before each id, the most probable tokens with their log-probabilities (as in `log_probs`), best
+            first; None if not asked for.
     """
 
     ids: list[int]
@@ -75,6 +77,7 @@ class Completion:
     log_probs: list[float] | None = None
     behaviour_log_probs: list[float] | None = None
     versions: list[int] | None = None
+    top_log_probs: list[list[tuple[int, float]]] | None = None
 
 
 class Request:
@@ -93,6 +96,7 @@ class Request:
         ]
         self.cancelled = False
         self._wants_log_probs = log_probs
+        self._top = 0
         self._on_token: OnSampleToken | None = None
         self._decode: Decode | None = None
         self._unfinished = self._waiting = n
@@ -232,6 +236,7 @@ class Engine:
         on_token: OnSampleToken | None = None,
         decode: Decode | None = None,
         log_probs: bool = False,
+        top_log_probs: int = 0,
     ) -> Request:
         """Puts a prompt into the queue.
 
@@ -244,6 +249,7 @@ class Engine:
                 cancel the request.
             decode: ids → text; needed for stop strings, and fills `Completion.text`.
             log_probs: Record log-probabilities.
+            top_log_probs: Record those of so many most probable tokens as well.
 
         Raises:
             ValueError: one sentence, for an empty or too long prompt, ids outside the vocabulary, or stop strings
@@ -256,6 +262,9 @@ class Engine:
             raise ValueError(f"{n} samples and {len(streams)} sequence ids; give at least one sample and one id each")
         request = Request(prompt, params, n, log_probs)
         request._on_token, request._decode = on_token, decode
+        request._top = min(top_log_probs, self.model.config.vocab_size)
+        for completion in request.completions if request._top else ():
+            completion.top_log_probs = []
         limit = min(params.max_new_tokens, self.max_length - len(prompt))
         self._waiting += [_Sequence(request, index, stream, limit) for index, stream in enumerate(streams)]
         return request
@@ -675,6 +684,10 @@ class Engine:
                 completion.log_probs.append(log_probs[row])
                 completion.behaviour_log_probs.append(behaviour[row])
                 completion.versions.append(self.version)
+            if completion.top_log_probs is not None:
+                temperature = sequence.request.params.temperature or 1.0
+                best = (logits_BV[row].double() / temperature).log_softmax(-1).topk(sequence.request._top)
+                completion.top_log_probs.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
             if self._take(row, sequence, ids[row]) and sequence.request.done:
                 finished.append(sequence.request)
         return finished

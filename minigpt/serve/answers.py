@@ -76,7 +76,7 @@ class Choice:
         self._held: deque[Part] = deque()  # given to `_stop` and not given back
         self._parts: list[Part] = []
         self._calls = ""
-        self._log_probs: list[tuple[int, float]] = []
+        self._log_probs: list[Token] = []
 
     def push(self, tokens: Sequence[Token]) -> None:
         """Takes the next tokens."""
@@ -86,7 +86,7 @@ class Choice:
             if token.id not in self._stop_ids:
                 ids.append(token.id)
                 if self._wants_log_probs and token.log_prob is not None:
-                    self._log_probs.append((token.id, token.log_prob))
+                    self._log_probs.append(token)
         self._show(self.stream.extend(ids))
 
     def finish(self, reason: str) -> None:
@@ -95,8 +95,8 @@ class Choice:
         self._release(self._stop.flush())
         self.finish_reason = "stop" if self._stop.found is not None else reason
 
-    def take(self) -> tuple[list[Part], list[tuple[int, float]]]:
-        """Text, neighbours of one kind joined, and log-probabilities since the last call."""
+    def take(self) -> tuple[list[Part], list[Token]]:
+        """Text, neighbours of one kind joined, and tokens with log-probabilities since the last call."""
         parts: list[Part] = []
         for part in self._parts:
             if parts and parts[-1].kind == part.kind:
@@ -233,20 +233,34 @@ class Envelope:
         text = "".join(part.text for part in parts)
         return _text_chunk(index, text, self._log_probs(drawn) if log_probs else None, choice.finish_reason)
 
-    def _log_probs(self, drawn: Sequence[tuple[int, float]]) -> dict[str, Any]:
-        texts = [self._encoder.decode([i], skip_special_tokens=False) for i, _ in drawn]
+    def _log_probs(self, drawn: Sequence[Token]) -> dict[str, Any]:
         if self._chat:
             content = [
-                {"token": text, "logprob": log_prob, "bytes": token_bytes(self._encoder, i, text), "top_logprobs": []}
-                for (i, log_prob), text in zip(drawn, texts, strict=True)
+                {
+                    **self._listed(token.id, token.log_prob or 0.0),
+                    "top_logprobs": [self._listed(*one) for one in token.top],
+                }
+                for token in drawn
             ]
             return {"content": content, "refusal": None}
+        texts = [self._text(token.id) for token in drawn]
         return {
             "tokens": texts,
-            "token_logprobs": [log_prob for _, log_prob in drawn],
-            "top_logprobs": [{text: log_prob} for (_, log_prob), text in zip(drawn, texts, strict=True)],
+            "token_logprobs": [token.log_prob for token in drawn],
+            # two tokens may be halves of characters and have the same text: the more probable one is told
+            "top_logprobs": [
+                {self._text(i): log_prob for i, log_prob in [(token.id, token.log_prob), *reversed(token.top)]}
+                for token in drawn
+            ],
             "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
         }
+
+    def _listed(self, token_id: int, log_prob: float) -> dict[str, Any]:
+        text = self._text(token_id)
+        return {"token": text, "logprob": log_prob, "bytes": token_bytes(self._encoder, token_id, text)}
+
+    def _text(self, token_id: int) -> str:
+        return self._encoder.decode([token_id], skip_special_tokens=False)
 
 
 def event(record: dict[str, Any]) -> bytes:

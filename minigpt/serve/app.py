@@ -201,7 +201,7 @@ class _ChatAnswer:
 
     def __init__(self, served: Served, request: ChatRequest) -> None:
         self.served, self.request, self.params = served, request, served.sampling(request)
-        self.n, self.log_probs = request.n or 1, bool(request.logprobs)
+        self.n, self.log_probs, self.top_log_probs = request.n or 1, bool(request.logprobs), request.top_logprobs or 0
         self.prompts, self.param = 1, "messages"
         arguments = request.chat_template_kwargs
         switch = arguments.enable_thinking if arguments is not None else None
@@ -230,7 +230,7 @@ class _TextAnswer(_ChatAnswer):
 
     def __init__(self, served: Served, request: CompletionRequest) -> None:
         self.served, self.asked, self.params = served, request, served.sampling(request)
-        self.n, self.log_probs = request.n or 1, request.logprobs is not None
+        self.n, self.log_probs, self.top_log_probs = request.n or 1, request.logprobs is not None, request.logprobs or 0
         self.request = request  # type: ignore[assignment]
         self.prompts, self.param = len(request.prompts()), "prompt"
         self.envelope = Envelope(served.encoder, served.name, chat=False)
@@ -264,7 +264,15 @@ async def _answer(served: Served, request: Request, asked: _ChatAnswer) -> Respo
         served.check_length(prompt, asked.param)
     worker.reserve(sequences)
     jobs = [
-        Job(ids, asked.params, asked.n, asked.log_probs, asked.decode if asked.params.stop else None) for ids in prompts
+        Job(
+            ids,
+            asked.params,
+            asked.n,
+            asked.log_probs,
+            asked.top_log_probs,
+            asked.decode if asked.params.stop else None,
+        )
+        for ids in prompts
     ]
     submitted = await asyncio.gather(*map(worker.submit, jobs), return_exceptions=True)
     if failed := [error for error in submitted if error is not None]:

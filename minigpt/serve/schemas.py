@@ -175,11 +175,6 @@ class ChatRequest(SamplingRequest):
         super().refuse_what_is_missing()
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
-        if self.top_logprobs:
-            raise ApiError(
-                "top_logprobs is not supported: logprobs gives the log-probability of each chosen token",
-                param="top_logprobs",
-            )
 
 
 class CompletionRequest(SamplingRequest):

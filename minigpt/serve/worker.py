@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,11 +31,12 @@ RETRY_AFTER_SECONDS = 1
 
 
 class Token(NamedTuple):
-    """A new token of one sample; `log_prob` is None when nobody asked for it."""
+    """A new token of one sample; `log_prob` is None when nobody asked for it, `top` are the most probable ones."""
 
     sample: int
     id: int
     log_prob: float | None
+    top: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(eq=False)
@@ -47,6 +48,7 @@ class Job:
         params: For all samples.
         n: Samples.
         log_probs: Whether they are wanted.
+        top_log_probs: Of so many most probable tokens they are wanted as well.
         decode: ids → the text in which the engine looks for stop strings.
 
     Attributes:
@@ -57,6 +59,7 @@ class Job:
     params: SamplingParams
     n: int = 1
     log_probs: bool = False
+    top_log_probs: int = 0
     decode: Decode | None = None
     finish_reasons: list[str] | None = None
     submitted: float = field(default_factory=time.perf_counter)
@@ -230,14 +233,25 @@ class EngineWorker:
             return
 
         def on_token(sample: int, token: int, log_prob: float | None) -> None:
-            self._outbox.setdefault(job, []).append(Token(sample, token, log_prob))
+            top: Sequence[tuple[int, float]] = ()
+            if job.top_log_probs:
+                assert job.request is not None
+                listed = job.request.completions[sample].top_log_probs
+                top = listed[-1] if listed else ()
+            self._outbox.setdefault(job, []).append(Token(sample, token, log_prob, top))
             if not job.started:
                 job.started = True
                 self._urgent[job] = None
 
         try:
             job.request = self.engine.submit(
-                job.prompt_ids, job.params, n=job.n, on_token=on_token, decode=job.decode, log_probs=job.log_probs
+                job.prompt_ids,
+                job.params,
+                n=job.n,
+                on_token=on_token,
+                decode=job.decode,
+                log_probs=job.log_probs,
+                top_log_probs=job.top_log_probs,
             )
         except ValueError as error:  # a sentence about the prompt
             job.error = error

@@ -106,8 +106,21 @@ def test_log_probs_are_those_of_the_distribution_at_the_temperature(temperature,
     assert listed[-2].logprob == pytest.approx(a - math.log(math.exp(a) + others + 1), abs=1e-5)
 
 
+def test_top_log_probs_are_the_most_probable_tokens_best_first(client, server, script):
+    asked = {"model": server.name, "messages": QUESTION, "max_tokens": 8, "temperature": 2.0}
+    answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3, extra_body={"top_k": 1})
+    last = answer.choices[0].logprobs.content[-1]
+    normaliser = math.log(math.exp(GOES_ON / 2) + math.exp(ENDS / 2) + VOCABULARY - 2)
+    expected = [GOES_ON / 2 - normaliser, ENDS / 2 - normaliser, -normaliser]
+    assert [token.logprob for token in last.top_logprobs] == pytest.approx(expected, abs=1e-5)
+    assert last.top_logprobs[0].token == last.token == " three"
+    assert last.top_logprobs[0].bytes == list(b" three")
+    without = client.chat.completions.create(**asked, logprobs=True)
+    assert without.choices[0].logprobs.content[0].top_logprobs == []
+
+
 def test_streamed_log_probs_are_those_of_the_whole_answer(client, server):
-    asked = {"model": server.name, "messages": QUESTION, "logprobs": True, "max_tokens": 40}
+    asked = {"model": server.name, "messages": QUESTION, "logprobs": True, "top_logprobs": 2, "max_tokens": 40}
     whole = client.chat.completions.create(**asked).choices[0].logprobs.content
     events = client.chat.completions.create(**asked, stream=True)
     pieces = [t for event in events if event.choices[0].logprobs for t in event.choices[0].logprobs.content]
@@ -146,8 +159,8 @@ def test_texts_are_continued_several_at_once_as_strings_and_as_ids(client, serve
     logged = client.completions.create(model=server.name, prompt=" one", max_tokens=3, logprobs=1).choices[0].logprobs
     assert logged.tokens == [" two", " three", " one"]
     assert logged.text_offset == [0, 4, 10]
-    expected_top = [{token: value} for token, value in zip(logged.tokens, logged.token_logprobs, strict=True)]
-    assert logged.top_logprobs == expected_top
+    for token, value, top in zip(logged.tokens, logged.token_logprobs, logged.top_logprobs, strict=True):
+        assert top == {token: pytest.approx(value, abs=1e-5)}
 
 
 def test_models_are_listed_and_found(client, server):
@@ -172,8 +185,8 @@ def test_errors_reach_the_client_as_its_own_exceptions(client, server):
     assert hot.value.param == "temperature"
     with pytest.raises(openai.BadRequestError, match="n is 99; this server gives at most 8"):
         ask(model=server.name, messages=QUESTION, n=99)
-    with pytest.raises(openai.BadRequestError, match="top_logprobs is not supported"):
-        ask(model=server.name, messages=QUESTION, logprobs=True, top_logprobs=2)
+    with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs"):
+        ask(model=server.name, messages=QUESTION, top_logprobs=2)
 
 
 def test_earlier_turns_tools_and_parts_of_content_are_rendered(client, server):

@@ -34,7 +34,7 @@ def test_a_waiting_listener_gets_signs_of_life_then_tokens_then_the_end(monkeypa
         job.take([Token(0, 7, None)], ended=True)
         return seen + [batch async for batch in batches]
 
-    assert asyncio.run(run()) == [[], [(0, 7, None)]]
+    assert asyncio.run(run()) == [[], [Token(0, 7, None)]]
 
 
 def test_a_cancelled_job_ends_at_once_and_a_broken_engine_is_told():
