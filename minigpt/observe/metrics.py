@@ -37,6 +37,18 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     "mfu": lambda v: f"mfu {100 * v:.0f} %",
 }
 _NOT_SHOWN = {"step", "kind", "seconds", "tokens", "memory_gb"}
+# A step of reinforcement learning has some thirty numbers; of those a line shows these and no others.
+_RL_FORMATS: dict[str, Callable[[float], str]] = {
+    "reward": lambda v: f"reward {v:.3f}",
+    "accuracy": lambda v: f"accuracy {100 * v:.1f} %",
+    "kl": lambda v: f"kl {v:.4f}",
+    "entropy": lambda v: f"entropy {v:.3f}",
+    "response_length": lambda v: f"length {v:.0f}",
+    "truncated": lambda v: f"truncated {100 * v:.0f} %",
+    "lr": _FORMATS["lr"],
+    "seconds_step": lambda v: f"{v:.2f} s/step",
+    "tokens_per_second": _FORMATS["tokens_per_second"],
+}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -105,7 +117,12 @@ def format_duration(seconds: float) -> str:
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """The numbers of one record in one line, e.g. `loss: 6.1234  lr 3.0e-03  grad_norm 1.21  8,123 tok/s  mfu 21 %`."""
+    """The numbers of one record in one line, e.g. `loss: 6.1234  lr 3.0e-03  grad_norm 1.21  8,123 tok/s  mfu 21 %`.
+
+    Of a record about sampled answers (it has `response_length`) the handful that tells how the run goes.
+    """
+    if "response_length" in metrics:
+        return "  ".join(show(metrics[key]) for key, show in _RL_FORMATS.items() if key in metrics)
     numbers = {
         key: value
         for key, value in metrics.items()

@@ -11,21 +11,22 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from minigpt.errors import UserError
 from minigpt.observe.hardware import summarise_hardware
 from minigpt.observe.metrics import METRICS_FILE, format_duration, read_metrics
-from minigpt.observe.plots import Curve, plot_details, plot_loss, plot_stages
+from minigpt.observe.plots import Curve, always_zero, phase_seconds, plot_details, plot_loss, plot_reward, plot_stages
 from minigpt.observe.reference import Band, check_against, load_band
 
 REPORT_FILE = "report.md"
 PLOT_FOLDER = "report"
 EVALUATIONS = "eval"
 SAMPLES_SHOWN = 2  # replies of each evaluation, of the wrong ones and of the right ones
-STAGE_ORDER = ("pretrain", "sft", "lora", "reason", "dpo", "reward", "ppo", "grpo")
+STAGE_ORDER = ("pretrain", "sft", "lora", "reason_start", "reason", "dpo", "reward", "ppo", "grpo")
 UNIFORM_GUESS_TOLERANCE = 0.5  # nats: a fresh model's first loss is this near to ln(vocab)
 
 
@@ -146,19 +147,26 @@ def build_report(run_dir: Path, *, compare: Sequence[Path] = ()) -> Path:
     run = read_run(run_dir)
     others = [read_run(Path(other)) for other in compare]
     plots = run_dir / PLOT_FOLDER
-    loss_png = plot_loss(
-        run.curve(), plots / "loss.png", [other.curve(other.folder.resolve().name) for other in others]
-    )
+    curves = [other.curve(other.folder.resolve().name) for other in others]
+    if run.curve().is_rl:
+        main = _image(
+            "Reward, and accuracy on held-out prompts", plot_reward(run.curve(), plots / "reward.png", curves), run_dir
+        )
+    else:
+        main = _image("Training and validation loss", plot_loss(run.curve(), plots / "loss.png", curves), run_dir)
     details_png = plot_details(run.curve(), plots / "details.png")
     parts = [
         f"# {run.stage}: {run.folder.resolve().name}",
         _status_sentence(run),
-        _image("Training and validation loss", loss_png, run_dir),
+        main,
         "\n".join(f"- {sentence}" for sentence in _judgements(run)),
         markdown_table([run_row(each) for each in [run, *others]]),
-        _image("Learning rate, gradient norm, speed", details_png, run_dir) if details_png else "",
+        before_and_after(run),
+        _image("Everything else that was recorded", details_png, run_dir) if details_png else "",
+        _phase_section(run),
         evaluation_section(run_dir),
         _samples_section(run.summary.get("samples")),
+        _paired_samples(run),
         "## How it was made\n\n" + _provenance(run, run_dir),
     ]
     return _write_report(run_dir, parts)
@@ -190,12 +198,155 @@ def _judgements(run: Run) -> list[str]:
     broken = sum(not math.isfinite(loss) for loss in losses)
     if broken:
         sentences.append(f"**{broken} of {len(losses)} logged losses are not a number.**")
+    return sentences + (_rl_judgements(run) if run.curve().is_rl else [])
+
+
+def _rl_judgements(run: Run) -> list[str]:
+    """What the curves of a run of rewards say, each with what to do. Early and late are the quarters of the run."""
+    sentences = []
+    quarters = {key: _quarters(run, key) for key in {key for record in run.of_kind("train") for key in record}}
+
+    def late(key: str) -> float:
+        return quarters[key][-1] if quarters.get(key) else math.nan
+
+    equal, score = late("zero_variance_groups"), "accuracy" if "accuracy" in quarters else "reward"
+    if equal > 0.5:
+        remedy = (
+            "most are right already: stop here, or ask harder questions"
+            if late(score) > 0.5
+            else "most are wrong: ask easier questions, start from a better model or take more --samples_per_prompt"
+        )
+        sentences.append(
+            f"**{_percent(equal)} of the late groups have equal rewards and teach nothing;** {remedy} "
+            "(--dynamic_sampling 2 replaces them by others)."
+        )
+    if (kl := quarters.get("kl")) and kl == sorted(kl) and kl[-1] > 0.05 and kl[-1] > 2 * kl[1]:
+        sentences.append(
+            f"**The KL to the reference rises steadily,** from {kl[0]:.3f} to {kl[-1]:.3f} nats a token; a higher "
+            "--kl_coefficient or a lower --learning_rate holds it, if the samples below got worse."
+        )
+    if (entropy := quarters.get("entropy")) and entropy[-1] < 0.2 * entropy[0] and equal > 0.5:
+        sentences.append(
+            f"**The entropy collapsed,** from {entropy[0]:.3f} to {entropy[-1]:.3f} nats a token, and the answers to a "
+            "question are all alike; --clip_high 0.28, a small --entropy_coefficient or a lower --learning_rate keep "
+            "them apart."
+        )
+    if late("truncated") > 0.1:
+        sentences.append(
+            f"**{_percent(late('truncated'))} of the late answers were cut off at the limit;** raise --max_new_tokens, "
+            "or teach brevity with --overlong_buffer."
+        )
+    if abs(late("sampler_gap_mean")) > 0.01:
+        sentences.append(
+            f"**Sampler and policy disagree** by {late('sampler_gap_mean'):.3f} nats a token on average; with answers "
+            "of an older version --behaviour_correction true makes up for it, otherwise the two compute differently."
+        )
+    if late("clip_fraction") > 0.3:
+        sentences.append(f"**{_percent(late('clip_fraction'))} of the tokens are clipped;** lower --learning_rate.")
+    if late("explained_variance") < 0:
+        sentences.append(
+            f"**The critic predicts worse than a constant** (explained variance {late('explained_variance'):.2f}); "
+            "give it a --critic_warmup or another --critic_learning_rate."
+        )
+    if failures := sum(record.get("reward_failures", 0.0) for record in run.of_kind("train")):
+        sentences.append(f"**{failures:,.0f} rewards failed and counted 0;** the log says why.")
+    if zero := always_zero(run.curve()):
+        sentences.append(f"0 at every step, and not drawn: {', '.join(zero)}.")
     return sentences
+
+
+def _quarters(run: Run, key: str) -> list[float]:
+    """The metric's mean over each quarter of the run; empty with fewer than four finite values."""
+    found = [record.get(key) for record in run.of_kind("train")]
+    values = [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
+    ends = [len(values) * quarter // 4 for quarter in range(5)]
+    return [fmean(values[start:stop]) for start, stop in pairwise(ends)] if len(values) >= 4 else []
+
+
+def before_and_after(run: Run, level: int = 2) -> str:
+    """What was measured on held-out prompts before the first step and last; "" for a run without rewards.
+
+    From `summary.json`, or of an interrupted run from its records. An accuracy stands with its `accuracy_interval`.
+    """
+    evaluations = run.of_kind("eval") if run.curve().is_rl else []
+    if not evaluations:
+        return ""
+    before, after = (
+        run.summary.get(name) or found
+        for name, found in zip(("before", "after"), (evaluations[0], evaluations[-1]), strict=True)
+    )
+    skipped = {"step", "tokens", "prompts", "seconds_eval"}
+    if before.get("reward") == before.get("accuracy") and after.get("reward") == after.get("accuracy"):
+        skipped.add("reward")
+    keys = [key for key, value in after.items() if isinstance(value, int | float) and key not in skipped]
+    rows = [
+        {
+            "measure": key.replace("_", " "),
+            "before": _measure(before, key),
+            "after": _measure(after, key),
+            "change": _change(key, before.get(key), after[key]),
+        }
+        for key in sorted(keys, key=lambda key: key not in ("accuracy", "reward"))
+    ]
+    asked = _number(after.get("prompts"), ",.0f")
+    return f"{'#' * level} Held-out prompts\n\nGreedy answers to {asked} prompts.\n\n" + markdown_table(rows)
+
+
+def _measure(found: Mapping[str, Any], key: str) -> str:
+    interval = found.get(f"{key}_interval")
+    shown = _share_or_number(key, found.get(key))
+    return f"{shown} ({' to '.join(_percent(end) for end in interval)})" if interval else shown
+
+
+def _share_or_number(key: str, value: Any) -> str:
+    return _percent(value) if key in ("accuracy", "truncated") else _number(value, ",.3g")
+
+
+def _change(key: str, before: Any, after: float) -> str:
+    if not isinstance(before, int | float):
+        return ""
+    if key in ("accuracy", "truncated"):
+        return f"{100 * (after - before):+.1f} points"
+    return f"{after - before:+,.3g}"
+
+
+def _phase_section(run: Run, level: int = 2) -> str:
+    """Where the time of a step goes."""
+    phases = phase_seconds(run.curve())
+    if not phases:
+        return ""
+    step = run.typical("seconds_step") or math.nan
+    medians = {name: median(seconds) for name, seconds in phases.items()}
+    rows = [
+        {"phase": name, "median seconds": f"{seconds:.3f}", "share": _percent(seconds / step)}
+        for name, seconds in medians.items()
+    ]
+    rows.append({"phase": "whole step", "median seconds": f"{step:.3f}", "share": ""})
+    return f"{'#' * level} Time of a step\n\n{markdown_table(rows)}"
+
+
+def _paired_samples(run: Run, level: int = 2) -> str:
+    """The answers to the same prompts before and after."""
+    before, after = ((run.summary.get(name) or {}).get("samples") or [] for name in ("before", "after"))
+    if not after:
+        return ""
+    earlier = {sample["prompt"]: sample for sample in before}
+    parts = [f"{'#' * level} Answers before and after"]
+    for sample in after:
+        shown = {"prompt": str(sample["prompt"])}
+        if sample.get("right_answer"):
+            shown["right answer"] = str(sample["right_answer"])
+        if (old := earlier.get(sample["prompt"])) is not None:
+            shown[f"before (reward {old['reward']:.3g})"] = old["answer"]
+        shown[f"after (reward {sample['reward']:.3g})"] = sample["answer"]
+        parts.append(_sample(shown))
+    return "\n\n".join(parts)
 
 
 def run_row(run: Run) -> dict[str, str]:
     """One run as a table row: what it did and how well."""
     summary = run.summary
+    rewarded = run.curve().is_rl  # its loss is about 0 throughout and says nothing
     valid_loss = _first(summary.get("valid_loss"), run.last("valid_loss", "valid"))
     bits = _first(summary.get("bits_per_byte"), run.last("valid_bits_per_byte", "valid"))
     row = {
@@ -203,7 +354,11 @@ def run_row(run: Run) -> dict[str, str]:
         "stage": run.stage,
         "steps": _number(_first(summary.get("steps"), run.records[-1]["step"]), ",.0f"),
         "tokens": _number(_first(summary.get("tokens"), run.last("tokens")), ",.0f"),
-        "final loss": _number(_first(summary.get("final_loss"), summary.get("loss"), run.last("loss")), ".4f"),
+        "final loss": ""
+        if rewarded
+        else _number(_first(summary.get("final_loss"), summary.get("loss"), run.last("loss")), ".4f"),
+        "reward": _number(run.last("reward"), ".3f"),
+        "held-out accuracy": _percent(run.last("accuracy", "eval")) if rewarded else "",
         "valid loss": _number(valid_loss, ".4f"),
         "bits/byte": _number(bits, ".3f"),
         "tokens/s": _number(_first(summary.get("tokens_per_second"), run.typical("tokens_per_second")), ",.0f"),
@@ -250,7 +405,7 @@ def build_quickstart_report(folder: Path) -> Path:
     parts = [f"# {folder.resolve().name}: from raw text to a model that chats"]
     if runs:
         curves_png = plot_stages([run.curve() for run in runs], folder / PLOT_FOLDER / "curves.png")
-        parts.append(_image("Loss of each stage", curves_png, folder))
+        parts.append(_image("Loss of each stage, score where rewards teach", curves_png, folder))
     stages = summary.get("stages")
     parts.append(markdown_table([stage_row(stage) for stage in stages] if stages else [run_row(run) for run in runs]))
     parts.append(_heldout_section(summary.get("heldout")))
@@ -290,7 +445,10 @@ def _stage_section(run: Run, folder: Path) -> str:
     parts = [
         f"## {run.stage}",
         "\n".join(f"- {sentence}" for sentence in [_status_sentence(run), *_judgements(run)]),
-        _image(f"{run.stage}: learning rate, gradient norm, speed", details_png, folder) if details_png else "",
+        before_and_after(run, level=3),
+        _image(f"{run.stage}: everything else that was recorded", details_png, folder) if details_png else "",
+        _phase_section(run, level=3),
+        _paired_samples(run, level=3),
         evaluation_section(run.folder, level=3),
         _provenance(run, folder),
     ]

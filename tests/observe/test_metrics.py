@@ -245,6 +245,18 @@ def test_numbers_without_a_format_of_their_own_follow_and_nan_is_shown():
     )
 
 
+def test_of_a_step_of_reinforcement_learning_a_handful_of_numbers_is_shown():
+    record = {
+        **{"kind": "train", "accuracy": 0.375, "reward": 0.4, "reward_std": 0.48, "response_length": 39.4},
+        **{"truncated": 0.25, "lr": 3e-4, "loss": -0.01, "policy_loss": -0.01, "kl": 0.0123, "entropy": 0.0747},
+        **{"sampler_gap_max": 0.156, "seconds_generate": 0.3, "seconds_step": 1.165, "tokens_per_second": 4332.03},
+    }
+    assert format_metrics(record) == (
+        "reward 0.400  accuracy 37.5 %  kl 0.0123  entropy 0.075  length 39  truncated 25 %  lr 3.0e-04  "
+        "1.17 s/step  4,332 tok/s"
+    )
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (3675, "1:01:15"), (math.nan, "-:--")]
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minigpt.errors import UserError
-from minigpt.observe.plots import BLUE, Curve, _draw_loss, plot_details, plot_loss
+from minigpt.observe.plots import BLUE, ORANGE, Curve, _draw_loss, phase_seconds, plot_details, plot_loss, plot_reward
 from minigpt.observe.reference import make_band
 from minigpt.observe.report import build_quickstart_report, build_report, fence, find_key, markdown_table, read_run
 
@@ -208,7 +208,7 @@ def test_the_band_is_drawn_where_it_lies(tmp_path):
 def test_panels_exist_only_for_what_was_recorded(tmp_path):
     assert plot_details(Curve("x", [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}]), tmp_path / "none.png") is None
     assert not (tmp_path / "none.png").exists()
-    one = plot_details(Curve("x", [{"step": step, "reward": 0.1 * step} for step in range(5)]), tmp_path / "one.png")
+    one = plot_details(Curve("x", [{"step": step, "lr": 0.1 * step} for step in range(5)]), tmp_path / "one.png")
     assert one is not None
     assert share_of_colour(read_png(one), BLUE) > 1e-3
 
@@ -247,6 +247,115 @@ def test_quickstart_report_without_a_summary_is_made_from_the_runs(tmp_path):
     write_run(tmp_path / "pretrain")
     report = build_quickstart_report(tmp_path)
     assert table_cells(report.read_text(encoding="utf-8"))[0]["run"] == "pretrain"
+
+
+def rl_records(**changed: float) -> list[dict]:
+    """As rl/loop.py and rl/run.py write them, the reward rising from 0.2 to 1."""
+    steps = 40
+    records = [
+        {
+            **{"step": step, "kind": "train", "reward": 1 - 0.8 * (1 - step / steps), "entropy": 0.1, "kl": 0.0},
+            **{"accuracy": 1 - 0.8 * (1 - step / steps), "zero_variance_groups": 0.2, "truncated": 0.0, "lr": 3e-4},
+            **{"response_length": 39.0, "response_length_max": 49.0, "loss": -0.01, "grad_norm": 0.2},
+            **{"seconds_generate": 0.3, "seconds_update_policy": 0.5, "seconds_step": 1.0, "tokens": 100 * step},
+            **{"tokens_per_second": 4000.0, "generated_tokens_per_second": 9000.0, "seconds": float(step), **changed},
+        }
+        for step in range(1, steps + 1)
+    ]
+    first, last = (
+        {"step": step, "kind": "eval", "reward": score, "accuracy": score, "response_length": 38.0, "prompts": 200}
+        for step, score in ((0, 0.25), (steps, 0.95))
+    )
+    return [first, *records, last]
+
+
+def rl_summary(answer: str = "<answer>122</answer>") -> dict:
+    """What rl/run.py writes of the held-out prompts."""
+
+    def found(score: float, interval: list[float], sample: str, reward: float) -> dict:
+        samples = [{"prompt": "69 + 53?", "right_answer": "122", "answer": sample, "reward": reward}]
+        numbers = {"reward": score, "accuracy": score, "accuracy_interval": interval, "response_length": 38.0}
+        return {**numbers, "prompts": 200, "samples": samples}
+
+    before, after = found(0.25, [0.195, 0.314], "```no idea", 0.0), found(0.95, [0.91, 0.973], answer, 1.0)
+    return {"steps": 40, "before": before, "after": after}
+
+
+def rl_report(folder: Path, **changed: float) -> str:
+    run = write_run(folder, stage="grpo", records=rl_records(**changed), summary=rl_summary())
+    return build_report(run).read_text(encoding="utf-8")
+
+
+def test_a_run_of_rewards_shows_held_out_accuracy_answers_and_phases_before_and_after(tmp_path):
+    text = rl_report(tmp_path / "grpo")
+    assert "| accuracy | 25.0 % (19.5 % to 31.4 %) | 95.0 % (91.0 % to 97.3 %) | +70.0 points |" in text
+    assert "Greedy answers to 200 prompts." in text
+    assert "\n| reward |" not in text  # it is the accuracy
+    assert text.index("````text\n```no idea\n````") < text.index("**after (reward 1)**") < text.index("<answer>122")
+    assert "| generate | 0.300 | 30.0 % |" in text
+    assert "| other | 0.200 | 20.0 % |" in text
+    assert "final loss" not in text
+    assert "not drawn: KL to the reference, Answers cut off at the limit." in text
+    assert "**" not in text.split("\n\n")[3]  # nothing to complain of
+    files = linked_files(tmp_path / "grpo" / "report.md")
+    assert {"reward.png", "details.png"} <= {path.name for path in files}
+    assert all(path.is_file() for path in files)
+
+
+def test_an_interrupted_run_of_rewards_is_reported_from_its_metrics_alone(tmp_path):
+    text = build_report(write_run(tmp_path / "grpo", stage="grpo", records=rl_records())).read_text(encoding="utf-8")
+    assert "| accuracy | 25.0 % | 95.0 % | +70.0 points |" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"zero_variance_groups": 0.7}, "**70.0 % of the late groups have equal rewards and teach nothing;** most are"),
+        ({"zero_variance_groups": 0.7, "accuracy": 0.1}, "most are wrong: ask easier questions"),
+        ({"truncated": 0.4}, "**40.0 % of the late answers were cut off at the limit;** raise --max_new_tokens"),
+        ({"sampler_gap_mean": -0.05}, "**Sampler and policy disagree**"),
+        ({"clip_fraction": 0.5}, "**50.0 % of the tokens are clipped;** lower --learning_rate"),
+        ({"explained_variance": -0.3}, "**The critic predicts worse than a constant**"),
+        ({"reward_failures": 2.0}, "**80 rewards failed and counted 0;**"),
+    ],
+)
+def test_what_goes_wrong_in_a_run_of_rewards_is_said(tmp_path, changed, sentence):
+    assert sentence in rl_report(tmp_path / "bad", **changed)
+    assert sentence not in rl_report(tmp_path / "good")
+
+
+def test_a_rising_kl_and_a_collapsed_entropy_are_said(tmp_path):
+    records = rl_records(zero_variance_groups=0.9)
+    for record in records[1:-1]:
+        record |= {"kl": 0.01 * record["step"], "entropy": 0.5 * math.exp(-record["step"] / 8)}
+    text = build_report(write_run(tmp_path / "run", stage="grpo", records=records)).read_text(encoding="utf-8")
+    assert "**The KL to the reference rises steadily,** from 0.055 to 0.355 nats a token" in text
+    assert "**The entropy collapsed,**" in text
+
+
+def test_the_picture_of_rewards_holds_training_and_held_out_and_accuracy_apart_only_if_it_differs(tmp_path):
+    same = read_png(plot_reward(Curve("grpo", rl_records()), tmp_path / "same.png"))
+    apart = read_png(plot_reward(Curve("grpo", rl_records(reward=0.3)), tmp_path / "apart.png"))
+    assert share_of_colour(same, BLUE) > 1e-3
+    assert share_of_colour(same, ORANGE) > 5e-4
+    assert apart.shape[1] > same.shape[1]
+
+
+def test_phases_and_the_rest_add_up_to_the_step():
+    phases = phase_seconds(Curve("grpo", rl_records()))
+    assert list(phases) == ["generate", "update policy", "other"]
+    assert np.sum(list(phases.values()), axis=0) == pytest.approx(np.ones(40))
+    assert phase_seconds(Curve("sft", train_records(5, 3.0))) == {}
+
+
+def test_a_quickstart_that_ends_with_rewards_shows_their_curve(tmp_path):
+    write_run(tmp_path / "sft", stage="sft", first_loss=3.0, summary={"steps": 60})
+    write_run(tmp_path / "grpo", stage="grpo", records=rl_records(), summary=rl_summary())
+    text = build_report(tmp_path).read_text(encoding="utf-8")
+    assert text.index("## sft") < text.index("## grpo") < text.index("### Held-out prompts")
+    assert table_cells(text)[1]["held-out accuracy"] == "95.0 %"
+    picture = read_png(tmp_path / "report" / "curves.png")
+    assert share_of_colour(picture[:, picture.shape[1] // 2 :], ORANGE) > 5e-4  # the held-out points
 
 
 def test_what_is_not_a_run_is_refused_with_the_folder_named(tmp_path):
