@@ -1,0 +1,164 @@
+"""The policy on one rank and on two, at every ZeRO stage, as Ray actors: the same log-probabilities, the same weights
+behind the same updates, the same bytes for the samplers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.util import remove_placement_group
+from tiny_rl import make_job, make_policy, make_request, sample, with_columns, write_run
+
+from minigpt.errors import UserError
+from minigpt.rl import cluster
+from minigpt.rl.batch import RolloutBatch
+from minigpt.rl.group import WorkerDied, WorkerGroup, place
+from minigpt.rl.layout import Role, bundles, choose_layout, laptop
+from minigpt.rl.publish import unpack
+from minigpt.rl.workers import PolicyWorker
+from minigpt.trainer.setup import load_masters
+
+pytestmark = pytest.mark.slow
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+# (ranks, ZeRO stage); the first is what the others are compared with
+WORLDS = [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)]
+TOLERANCE = 1e-5  # of the change of each tensor: sums over two ranks are taken in another order
+
+
+@dataclass
+class Result:
+    """What a policy came to."""
+
+    log_probs: np.ndarray
+    metrics: list[dict[str, float]]
+    weights: dict[str, torch.Tensor]
+    published: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("rl") / "sft", sharpness=5.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def our_ray():
+    cluster.connect(num_cpus=2)
+    yield
+    cluster.disconnect()
+
+
+@pytest.fixture(scope="module")
+def batches(run) -> list[RolloutBatch]:
+    """Seven answers, which do not divide by two ranks, and one, of which a rank gets nothing."""
+    whole = sample(make_policy(make_job(run)), make_request(prompts=7, samples=1))
+    rng = np.random.default_rng(0)
+
+    def noise(size: float) -> np.ndarray:
+        return rng.normal(0, size, len(whole.behaviour_log_probs)).astype(np.float32)
+
+    filled = with_columns(
+        whole,
+        advantages=noise(1.0),
+        ref_log_probs=whole.behaviour_log_probs + noise(0.5),
+        old_log_probs=whole.behaviour_log_probs + noise(0.2),
+    )
+    return [filled, filled.take(np.array([3]))]
+
+
+def learn(run: Path, folder: Path, batches: list[RolloutBatch], ranks: int, stage: int) -> Result:
+    layout_file = folder / "layout.yaml"
+    layout_file.write_text(f"policy: {{workers: {ranks}, threads: 1}}\n")
+    layout = choose_layout(str(layout_file), 0)
+    needed = bundles(layout, ["policy"])
+    placement = place(needed, 60)
+    job = make_job(run, kl_coefficient=0.1, grad_clip=1.0, deepspeed=CONFIGS / f"zero{stage}.json", update_epochs=2)
+    group = WorkerGroup(PolicyWorker, "policy", layout, needed, placement, (job,), 120.0)
+    try:
+        address = group.wait([group.one(0, "address")], "find a port")[0] if ranks > 1 else None
+        group.wait(group.all("setup", address), "load")
+        log_probs = group.wait(group.all("log_probs", batches[0]), "judge")[0].value
+        metrics = [group.wait(group.all("update", batch, 1e-3, 0.1), "learn")[0].value for batch in batches]
+        published = group.wait(group.all("publish", 1), "publish")[0].value
+        found = {name: tensor.clone() for name, tensor in unpack(published, ray.get)}
+        (path, _) = group.wait(group.all("export", folder), "export")[0]
+        return Result(log_probs, metrics, torch.load(path, weights_only=True), found)
+    finally:
+        group.kill()
+        remove_placement_group(placement)
+
+
+@pytest.fixture(scope="module")
+def results(run, batches, tmp_path_factory) -> dict[tuple[int, int], Result]:
+    return {world: learn(run, tmp_path_factory.mktemp("world"), batches, *world) for world in WORLDS}
+
+
+@pytest.mark.parametrize("world", WORLDS[1:], ids=lambda world: f"{world[0]} ranks, ZeRO {world[1]}")
+def test_two_ranks_learn_what_one_does_at_every_zero_stage(results, run, world):
+    found, expected = results[world], results[WORLDS[0]]
+    before = load_masters(run).state_dict()
+    assert np.abs(found.log_probs - expected.log_probs).max() < 1e-5
+    for ours, theirs in zip(found.metrics, expected.metrics, strict=True):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for name, weight in expected.weights.items():
+        assert not torch.equal(weight, before[name]), "it learned"
+        assert (found.weights[name] - weight).norm() < TOLERANCE * weight.norm(), name
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: f"{world[0]} ranks, ZeRO {world[1]}")
+def test_what_is_published_are_the_weights_bit_for_bit_at_every_zero_stage(results, world):
+    found = results[world]
+    assert found.published.keys() == {name for name in found.weights if name != "lm_head.weight"}
+    assert all(torch.equal(tensor, found.weights[name]) for name, tensor in found.published.items())
+
+
+def stubborn() -> type:
+    """A class that Ray sends along, since it is in a function: actors cannot import this module."""
+
+    class Stubborn:
+        """A worker that dies, hangs, or fails, as it is told."""
+
+        def __init__(self, rank: int, world_size: int, threads: int) -> None:
+            self.rank = rank
+
+        def behave(self, how: list[str]) -> int:
+            import os
+            import time
+
+            if how[self.rank] == "die":
+                os._exit(1)
+            if how[self.rank] == "hang":
+                time.sleep(1000)
+            if how[self.rank] == "fail":
+                raise RuntimeError("connection reset by peer")
+            return self.rank
+
+    return Stubborn
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "sentence"),
+    [
+        (["work", "hang"], UserError, "policy worker 1 did not finish to behave within 6 s"),
+        (["hang", "die"], WorkerDied, "policy worker 1 died"),
+        (["fail", "die"], WorkerDied, "policy worker 1 died"),
+        (["hang", "fail"], RuntimeError, "connection reset by peer"),
+    ],
+    ids=["one hangs", "one dies while the other waits for it", "the death comes before what it caused", "one fails"],
+)
+def test_no_wait_hangs_and_a_death_is_told_as_one(how, error, sentence):
+    layout = {**laptop(), "policy": Role(workers=2)}
+    needed = bundles(layout, ["policy"])
+    placement = place(needed, 60)
+    group = WorkerGroup(stubborn(), "policy", layout, needed, placement, (), 60.0)
+    try:
+        group.wait(group.all("behave", ["work", "work"]), "start")
+        group.timeout = 6.0
+        with pytest.raises(error, match=sentence):
+            group.wait(group.all("behave", how), "behave")
+    finally:
+        group.kill()
+        remove_placement_group(placement)
