@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from minigpt.errors import UserError
+from minigpt.evaluation.answers import wilson_interval
 from minigpt.generation.sampling import SamplingParams
 from minigpt.trainer.schedule import learning_rate
 
@@ -319,11 +320,14 @@ class Loop:
         rows = np.arange(count, dtype=np.int64)
         request = self.heldout.request_rows(rows, EVALUATION_IDS + rows, 1, greedy, self.position.step)
         batch = self.roles.collect(self.roles.sample(request))
-        rewards, metrics = self._rule_rewards(batch, self.heldout)
+        rewards, numbers = self._rule_rewards(batch, self.heldout)
+        metrics: dict[str, Any] = dict(numbers)
         if o.reward_model is not None:
             judged = self.roles.rewards(batch)
             metrics["reward_model"] = float(judged.mean())
             rewards = rewards + o.reward_model_weight * judged
+        if "accuracy" in metrics:
+            metrics["accuracy_interval"] = list(wilson_interval(metrics["accuracy"], count))
         prompts, completions, references = self.heldout.texts(batch, self.stop_ids, o.max_new_tokens)
         samples = [
             {
