@@ -238,7 +238,7 @@ class Loop:
         token_rewards, mask = batch.padded(np.zeros_like(values))
         token_rewards[np.arange(len(batch)), batch.answer_lens - 1] = experience.rewards
         keep = torch.from_numpy(mask)
-        metrics = {}
+        metrics: dict[str, float] = {}
         if o.kl_in == "reward" and o.kl_coefficient > 0:
             old, reference = (
                 torch.from_numpy(batch.padded(batch.columns[f"{name}_log_probs"])[0]) for name in ("old", "ref")
