@@ -123,6 +123,7 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in FAULTS:
         sys.exit(__doc__)
     fault = sys.argv[1]
+    torch.set_num_threads(1)  # so small a model gains nothing by more, and threads that wait for others lose much
     print(f"{fault}: {FAULTS[fault]}\nstep  " + "  ".join(SHOWN))
     for step, seen in enumerate(run(fault)):
         if step % 10 == 0:

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 spec = importlib.util.spec_from_file_location(
     "rl_failures", Path(__file__).resolve().parents[1] / "examples" / "rl_failures.py"
@@ -12,6 +13,14 @@ assert spec is not None
 rl_failures = importlib.util.module_from_spec(spec)
 assert spec.loader is not None
 spec.loader.exec_module(rl_failures)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_whole_it_learns_and_nothing_looks_wrong():
