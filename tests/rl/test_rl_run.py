@@ -1,0 +1,319 @@
+"""Whole runs of `minigpt train grpo|ppo` on Ray and DeepSpeed: they learn what is rewarded, end with the same bits
+however often they are disturbed, and say in a sentence what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny_rl import metrics_of, write_run
+
+from data_prep.microworld import MicroWorldOptions, write_microworld
+from data_prep.pack import PackOptions, pack
+from minigpt import cli
+from minigpt.rl import algorithms
+
+pytestmark = pytest.mark.slow
+
+REWARDS = '''
+import time
+
+def letters(prompt, completion, reference):
+    """The share of ASCII letters."""
+    return sum(c.isascii() and c.isalpha() for c in completion) / max(1, len(completion))
+
+def hangs(prompt, completion, reference):
+    time.sleep(1000)
+'''
+SMALL = ["--dtype=fp32", "--compile=false", "--threads=1", "--tensorboard=false", "--max_new_tokens=8"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A random model, prompts packed for it, and a file of rewards."""
+    root = tmp_path_factory.mktemp("world")
+    write_run(root / "sft")
+    prompts = write_microworld(root / "microworld", MicroWorldOptions(seed=0, size="tiny"))["prompt"]
+    (root / "prompt.jsonl").write_bytes(prompts.read_bytes())
+    pack(
+        PackOptions(
+            stage="prompt", input=[prompts], output=root / "prompts", seq_len=64, workers=1, valid_fraction=0.05
+        )
+    )
+    (root / "rewards.py").write_text(REWARDS)
+    return root
+
+
+def arguments(world: Path, stage: str, save_dir: Path, reward: str, *options: str) -> list[str]:
+    return [
+        *("train", stage, f"--data={world / 'prompts'}", f"--init={world / 'sft'}", f"--save_dir={save_dir}"),
+        *(f"--reward={world / 'rewards.py'}:{reward}", *SMALL, *options),
+    ]
+
+
+def run_here(*command: str) -> int:
+    """The command in this process; its exit status."""
+    threads = torch.get_num_threads()
+    try:
+        cli.main(list(command))
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    finally:
+        torch.set_num_threads(threads)
+    return 0
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = run.glob("*.pth")
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+BANDIT = ["--prompts_per_step=8", "--samples_per_prompt=8", "--learning_rate=1e-2", "--eval_prompts=8"]
+LEARNS = {
+    "grpo": [*BANDIT, "--max_steps=60"],
+    "ppo": [*BANDIT, "--max_steps=60", "--kl_coefficient=0", "--critic_learning_rate=1e-2"],
+}
+
+
+@pytest.fixture(scope="module", params=LEARNS)
+def learned(request, world, tmp_path_factory) -> tuple[str, Path]:
+    """A run that was rewarded for letters."""
+    folder = tmp_path_factory.mktemp("learned") / request.param
+    assert run_here(*arguments(world, request.param, folder, "letters", *LEARNS[request.param])) == 0
+    return request.param, folder
+
+
+def test_it_learns_what_is_rewarded(learned):
+    stage, folder = learned
+    lines = metrics_of(folder)
+    rewards = [line["reward"] for line in lines]
+    assert rewards[0] < 0.85
+    assert sum(rewards[-5:]) / 5 > 0.9
+    assert lines[-1]["seconds"] < 90
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["stage"] == stage
+    assert summary["after"]["reward"] > 0.9
+    assert summary["before"]["reward"] < summary["after"]["reward"]
+    assert summary["after"]["samples"][0].keys() >= {"prompt", "answer", "reward"}
+
+
+def test_it_logs_what_there_is_to_see(learned):
+    stage, folder = learned
+    always = {
+        *("reward", "reward_std", "zero_variance_groups", "response_length", "truncated", "version_lag"),
+        *("seconds_step", "seconds_generate", "seconds_rewards", "seconds_publish", "tokens_per_second"),
+    }
+    if stage == "ppo":
+        always |= {"explained_variance", "value_loss", "seconds_values", "seconds_update_critic"}
+    of_updates = {
+        *("lr", "loss", "entropy", "clip_fraction", "ratio", "grad_norm", "sampler_gap_mean", "sampler_gap_max"),
+        "seconds_update_policy",
+    }
+    lines = metrics_of(folder)
+    updates = [line for line in lines if line["zero_variance_groups"] < 1]
+    assert len(updates) > 30
+    for line in lines:
+        assert not always - line.keys()
+        assert line["version_lag"] == 0
+    for line in updates:
+        assert not of_updates - line.keys()
+        assert line["ratio"] == 1.0, "one update a step: exact by construction"
+        assert line["sampler_gap_max"] < 1e-4
+
+
+def test_the_exported_model_generates(learned, capsys):
+    _, folder = learned
+    for place in (folder, folder / "hf"):
+        assert run_here("generate", str(place), "--prompt=abc", "--max_new_tokens=8") == 0
+        written = capsys.readouterr().out
+        assert sum(c.isascii() and c.isalpha() for c in written) > 0.8 * len(written.strip())
+
+
+def test_with_negated_advantages_it_unlearns_what_is_rewarded(world, tmp_path, monkeypatch):
+    """The same run that learned, but for a sign in the controller, which runs in this process."""
+    right = algorithms.group_advantages
+    monkeypatch.setattr(algorithms, "group_advantages", lambda *a, **options: -right(*a, **options))
+    folder = tmp_path / "negated"
+    assert run_here(*arguments(world, "grpo", folder, "letters", *LEARNS["grpo"])) == 0
+    rewards = [line["reward"] for line in metrics_of(folder)]
+    assert max(rewards) < 0.9
+    assert sum(rewards[-5:]) / 5 < rewards[0]
+
+
+# -------------------------------------------------------------------------------------------------------- disturbances
+
+DISTURBED = [
+    *("--prompts_per_step=4", "--samples_per_prompt=4", "--max_new_tokens=48", "--batch_invariant=true"),
+    *("--rollout_slots=8", "--learning_rate=1e-3", "--max_steps=6", "--save_interval=1", "--eval_prompts=4"),
+]
+
+
+def start(world: Path, folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "minigpt.cli", *arguments(world, "grpo", folder, "letters", *DISTURBED)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def steps_done(folder: Path) -> int:
+    return len(list(folder.glob("checkpoints/step_*/manifest.json"))) and max(
+        int(path.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*")
+    )
+
+
+def kill_actor(driver: subprocess.Popen[str], title: str) -> None:
+    """Kill -9 the actor in the middle of a method, which Ray puts into its process title."""
+    found: list[psutil.Process] = []
+
+    def running() -> bool:
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            try:
+                if process.cmdline()[:1] == [f"ray::{title}"]:
+                    found.append(process)
+                    process.kill()
+                    return True
+            except psutil.Error:  # it ended while we looked
+                continue
+        return False
+
+    wait_for(running, driver)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "grpo"
+    ended(start(world, folder))
+    assert not torch.equal(weights(folder)["model.norm.weight"], weights(world / "sft")["model.norm.weight"]), (
+        "it trained"
+    )
+    return folder
+
+
+def test_a_sampler_killed_in_mid_generation_changes_no_bit(world, undisturbed, tmp_path):
+    driver = start(world, tmp_path / "run")
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, driver)
+    kill_actor(driver, "RolloutWorker.generate")
+    output = ended(driver)
+    assert "rollout worker 0 died" in output
+    assert "a new one answers the same prompts" in output
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_a_killed_policy_starts_again_from_the_last_checkpoint(world, undisturbed, tmp_path):
+    driver = start(world, tmp_path / "run")
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, driver)
+    kill_actor(driver, "PolicyWorker.update")
+    output = ended(driver)
+    assert "policy worker 0 died" in output
+    assert "resuming from" in output
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_a_stopped_run_goes_on_to_the_same_bits_and_leaves_no_process_behind(world, undisturbed, tmp_path, number):
+    driver = start(world, tmp_path / "run")
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, driver)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    os.kill(driver.pid, number)
+    output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == (128 + number if number == signal.SIGTERM else -number), output
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert "resuming from" in ended(start(world, tmp_path / "run"))
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+# ------------------------------------------------------------------------------------------------------ overlap, errors
+
+
+def test_with_a_learning_rate_of_0_nothing_depends_on_overlap(world, tmp_path):
+    """The same answers are judged at every step; with overlap they are one version old."""
+    options = ["--prompts_per_step=4", "--samples_per_prompt=4", "--learning_rate=0", "--max_steps=4"]
+    found = {}
+    for value in (0, 1):
+        folder = tmp_path / str(value)
+        command = arguments(world, "grpo", folder, "letters", *options, f"--overlap={value}", "--eval_prompts=4")
+        assert run_here(*command) == 0
+        lines = metrics_of(folder)
+        found[value] = [[line[name] for name in ("reward", "response_length", "entropy")] for line in lines]
+        assert [line["version_lag"] for line in lines] == ([0, 1, 1, 1] if value else [0, 0, 0, 0])
+    assert found[1] == found[0]
+    assert_same_weights(tmp_path / "1", tmp_path / "0")
+
+
+def test_a_hanging_reward_counts_as_a_failure(world, tmp_path, capsys):
+    options = ["--prompts_per_step=1", "--samples_per_prompt=2", "--max_steps=1", "--reward_timeout=0.5"]
+    command = arguments(world, "grpo", tmp_path / "run", "hangs", *options, "--eval_prompts=1")
+    assert run_here(*command) == 0
+    (line,) = metrics_of(tmp_path / "run")
+    assert line["reward_failures"] == 2
+    assert line["reward"] == 0
+    assert "took more than 0.5 s" in capsys.readouterr().out
+
+
+WRONG = {
+    "data that is not there": (["--data=nowhere"], "nowhere"),
+    "an init that is no model": (["--init=nowhere"], "--init nowhere holds no model"),
+    "a reward that nobody knows": (["--reward=acuracy"], "acuracy"),
+    "one answer a prompt": (["--samples_per_prompt=1"], "--samples_per_prompt is 1"),
+    "overlap without correction": (["--overlap=1", "--behaviour_correction=false"], "--behaviour_correction"),
+    "minibatches that do not divide": (["--minibatches=3"], "do not divide into --minibatches 3"),
+    "a layout that is not there": (["--layout=nowhere.yaml"], "nowhere.yaml is neither a file nor one of"),
+    "a layout for GPUs": (["--layout=split"], "needs two GPUs"),
+}
+
+
+@pytest.mark.parametrize(("options", "sentence"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_said_in_one_sentence(world, tmp_path, capsys, options, sentence):
+    status = run_here(*arguments(world, "grpo", tmp_path / "run", "letters", *options))
+    error = capsys.readouterr().err.strip()
+    assert status == 1
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    assert sentence in error
+    assert "unexpected" not in error
+
+
+LAYOUTS = {
+    "a role that there is not": ("actor: {workers: 1}", "there is no role 'actor'"),
+    "more than the cluster has": ("policy: {workers: 2, cpus: 500}", "the layout needs 1000"),
+}
+
+
+@pytest.mark.parametrize(("layout", "sentence"), LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_that_cannot_be_is_refused_at_once(world, tmp_path, capsys, layout, sentence):
+    path = tmp_path / "layout.yaml"
+    path.write_text(layout)
+    started = time.monotonic()
+    status = run_here(*arguments(world, "grpo", tmp_path / "run", "letters", f"--layout={path}"))
+    assert status == 1
+    assert sentence in capsys.readouterr().err
+    assert time.monotonic() - started < 60
