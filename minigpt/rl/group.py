@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    OwnerDiedError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -133,6 +140,10 @@ class WorkerGroup:
             raise WorkerDied(self.role, rank, _last_words(error)) from error
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(
+                cause, OwnerDiedError
+            ):  # the weights to load died with their owner
+                raise WorkerDied("policy", 0, "the weights that it had published are gone") from error
             if isinstance(cause, (UserError, ValueError, RayActorError)):
                 raise cause from error
             raise

@@ -103,6 +103,7 @@ class Loop:
             seed=options.seed,
         )
         self._coming: Sampling | None = None
+        self._coming_from = 0
 
     # ---------------------------------------------------------------------------------------------------- one step
 
@@ -112,6 +113,7 @@ class Loop:
         started = time.perf_counter()
         roles.clock.clear()
         batch = roles.collect(self._coming or self._ask(o.prompts_per_step))
+        self._coming_from = position.prompts
         self._coming = self._ask(o.prompts_per_step) if o.overlap and position.step + 1 < o.max_steps else None
         experience = self._fill_up(self._judge(batch))
         metrics = self._learn(experience)
@@ -123,9 +125,9 @@ class Loop:
         return {**experience.metrics, **metrics, **self._times(seconds, experience.batch)}
 
     @property
-    def prompts_under_way(self) -> int:
-        """Prompts that were asked for the next step already: a resumed run asks them again."""
-        return 0 if self._coming is None else len(self._coming.request.prompt_lens)
+    def next_prompt(self) -> int:
+        """Where a resumed run goes on asking: what is under way for the next step is asked again."""
+        return self.position.prompts if self._coming is None else self._coming_from
 
     def _ask(self, count: int) -> Sampling:
         o, position = self.options, self.position

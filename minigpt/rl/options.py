@@ -61,8 +61,6 @@ class RLOptions:
         layout: Which role runs where: auto, laptop, colocate, split, or a YAML file (docs: the RL guide).
         ray_address: A running Ray cluster to join (ray://… or auto). null: RAY_ADDRESS, or a private one of this
             machine.
-        transport: How weights reach the samplers: store (Ray's object store), broadcast (NCCL on GPUs, gloo on CPUs),
-            auto: broadcast where policy and samplers sit on GPUs of their own.
         rollout_slots: Answers that a sampler works on together.
         batch_invariant: Sample so that every answer is bit-equal whatever runs beside it. Slower.
         micro_batch_tokens: Tokens of a forward pass. null: 2,048 on a CPU, 32,768 on a GPU.
@@ -135,7 +133,6 @@ class RLOptions:
     overlap: int = 0
     layout: str = "auto"
     ray_address: str | None = None
-    transport: Literal["auto", "store", "broadcast"] = "auto"
     rollout_slots: int = 64
     batch_invariant: bool = False
     micro_batch_tokens: int | None = None

@@ -90,9 +90,11 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     try:
         cluster.connect(options.ray_address)
         with GracefulStop() as stop:
+            resume = options.resume == "auto"
             for attempt in range(options.restarts + 1):
+                trial = _Attempt(run, job, source.train, prompts, judged, pool, stop)
                 try:
-                    return _Attempt(run, job, source.train, prompts, judged, pool, stop).go()
+                    return trial.go(resume)
                 except WorkerDied as death:
                     run.pause()
                     if attempt == options.restarts:
@@ -100,6 +102,7 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
                             f"{death}; the same command goes on from the last checkpoint in {options.save_dir}"
                         ) from death
                     run.say(f"{death}; starting its group again from the last checkpoint")
+                    resume = resume or trial.saved
         raise AssertionError
     finally:
         run.pause()
@@ -123,22 +126,24 @@ class _Attempt:
     ) -> None:
         self.run, self.job, self.data, self.stop = run, job, data, stop
         self.options, self.prompts, self.heldout, self.pool = job.options, prompts, heldout, pool
+        self.saved = False  # whether there is a checkpoint of this attempt
         self.network = SimpleNamespace(config=MiniGPT.from_pretrained(model_folder(job.init)).config)
 
-    def go(self) -> dict[str, Any]:
+    def go(self, resume: bool) -> dict[str, Any]:
+        """Until the end; from the newest checkpoint if `resume` says so."""
         roles = Roles(self.job, self.run.say)
         try:
             self.facts = roles.setup()
-            position = self._resume(roles)
+            position = self._resume(roles, resume)
             self.loop = Loop(self.options, roles, self.pool, self.prompts, self.heldout, self.job.stop_ids, position)
             return self._steps(roles, position)
         finally:
             roles.close()
 
-    def _resume(self, roles: Roles) -> Position:
+    def _resume(self, roles: Roles, resume: bool) -> Position:
         o = self.options
         fresh = Position(kl_coefficient=o.kl_coefficient)
-        if o.resume == "never":
+        if not resume:
             return fresh
         found = checkpoint.newest_good(self.run.folder, self.run.say)
         if found is None:
@@ -195,11 +200,12 @@ class _Attempt:
     def _save(self, roles: Roles, position: Position) -> None:
         state = {
             "step": position.step,
-            "position": {**asdict(position), "prompts": position.prompts - self.loop.prompts_under_way},
+            "position": {**asdict(position), "prompts": self.loop.next_prompt},
             **self.run.identity(self.data, self.network),
             **self._engine_identity(),
         }
         roles.save(self.run.folder, json.loads(json.dumps(state, default=str)))
+        self.saved = True
 
     def _finish(self, roles: Roles, position: Position, metrics: dict[str, float]) -> dict[str, Any]:
         written = roles.export(self.run.folder)

@@ -9,13 +9,15 @@ from minigpt.generation.engine import generate as ours
 from minigpt.generation.sampling import SamplingParams
 
 
-@pytest.mark.parametrize("case", generate.CASES)
+@pytest.mark.parametrize("case", generate.SLOTS)
 def test_both_make_every_wanted_token_of_a_case(case):
     torch.manual_seed(0)
     requests = generate.workload(case, smoke=True)
     wanted = sum(new * n for _, new, n in requests)
-    assert generate._ours(requests, torch.float32, True, False)() == wanted
-    assert generate._peer(requests, torch.float32, True)() == wanted
+    model = generate._model(torch.float32, True)
+    for who in ("ours", "invariant"):
+        assert generate._ours(requests, model, case, who)() == wanted
+    assert generate._peer(requests, model, case)() == wanted
 
 
 def test_both_have_the_same_weights(tmp_path):

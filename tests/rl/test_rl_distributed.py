@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # (ranks, ZeRO stage); the first is what the others are compared with
 WORLDS = [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)]
-TOLERANCE = 1e-5  # of the change of each tensor: sums over two ranks are taken in another order
+TOLERANCE = 1e-5  # of the norm of each tensor: sums over two ranks are taken in another order
 
 
 @dataclass
