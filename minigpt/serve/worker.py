@@ -28,6 +28,7 @@ DELIVER_SECONDS = 0.02
 DELIVER_SECONDS_A_JOB = 0.002  # with 32 texts each gets a message twelve times a second
 KEEP_ALIVE_SECONDS = 15.0
 RETRY_AFTER_SECONDS = 1
+WAKE_SECONDS = 0.5
 
 
 class Token(NamedTuple):
@@ -220,7 +221,8 @@ class EngineWorker:
         """Submits and cancels what was asked for; waits for orders while there is no work. False: stop."""
         while True:
             try:
-                order = self._inbox.get(block=not self.engine.has_work)
+                # Not for ever: a signal that comes just before the wait is handled only after it
+                order = self._inbox.get(block=not self.engine.has_work, timeout=WAKE_SECONDS)
             except queue.Empty:
                 return True
             if order is None:
