@@ -140,9 +140,7 @@ class WorkerGroup:
             raise WorkerDied(self.role, rank, _last_words(error)) from error
         except RayTaskError as error:
             cause = error.cause
-            if isinstance(
-                cause, OwnerDiedError
-            ):  # the weights to load died with their owner
+            if isinstance(cause, OwnerDiedError):  # the weights to load died with their owner
                 raise WorkerDied("policy", 0, "the weights that it had published are gone") from error
             if isinstance(cause, (UserError, ValueError, RayActorError)):
                 raise cause from error
