@@ -76,6 +76,7 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
         stop_ids=_stop_ids(init, encoder),
         tokenizer=model_folder(init).resolve(),
         name=name,
+        config=config,
     )
     pool = (
         RewardPool(
@@ -127,7 +128,7 @@ class _Attempt:
         self.run, self.job, self.data, self.stop = run, job, data, stop
         self.options, self.prompts, self.heldout, self.pool = job.options, prompts, heldout, pool
         self.saved = False  # whether there is a checkpoint of this attempt
-        self.network = SimpleNamespace(config=MiniGPT.from_pretrained(model_folder(job.init)).config)
+        self.network = SimpleNamespace(config=job.config)
 
     def go(self, resume: bool) -> dict[str, Any]:
         """Until the end; from the newest checkpoint if `resume` says so."""

@@ -25,14 +25,14 @@ from minigpt.generation.engine import Engine as GenerationEngine
 from minigpt.model.attention import choose_backend
 from minigpt.model.model_critic import RewardModel, ValueModel
 from minigpt.model.model_lora import adapters_off
-from minigpt.model.model_minigpt import MiniGPT
+from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 from minigpt.trainer import checkpoint
 from minigpt.trainer.adapters import AdapterStage, LoRAOptions
 from minigpt.trainer.engine import Engine, Processes, init_processes
 from minigpt.trainer.flops import training_flops
 from minigpt.trainer.loop import to_tensors
 from minigpt.trainer.options import TrainOptions
-from minigpt.trainer.setup import compile_wanted, compute_dtype, configure_torch, load_masters, model_folder
+from minigpt.trainer.setup import compile_wanted, compute_dtype, configure_torch, load_masters
 from minigpt.trainer.stage import StageModule
 
 from .algorithms import token_weights
@@ -67,6 +67,7 @@ class Job:
         stop_ids: What ends an answer.
         tokenizer: Folder of the tokenizer.
         name: grpo or ppo.
+        config: The policy's shape.
     """
 
     options: RLOptions
@@ -76,6 +77,7 @@ class Job:
     stop_ids: tuple[int, ...]
     tokenizer: Path
     name: str
+    config: MiniGPTConfig
 
     @property
     def torch_options(self) -> LoRAOptions:
@@ -551,8 +553,7 @@ class RolloutWorker(Worker):
     def setup(self) -> None:
         """Make the model; its weights come with `load`."""
         self._alone()
-        config = MiniGPT.from_pretrained(model_folder(self.job.init)).config
-        model = MiniGPT(config).to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        model = MiniGPT(self.job.config).to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         o = self.job.options
         self.engine = GenerationEngine(
             model,

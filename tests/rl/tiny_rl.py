@@ -61,7 +61,8 @@ def make_job(init: Path, name: str = "grpo", row_length: int = 64, **options: An
     kind = PPOOptions if name == "ppo" else GRPOOptions
     sizes = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 12}
     made = kind(save_dir=init.parent / name, init=init, **{**PLAIN, **sizes, "grad_clip": 0.0, **options})
-    return Job(made, init, row_length, min(row_length, 32), STOP_IDS, SHIPPED_TOKENIZER, name)
+    config = MiniGPT.from_pretrained(init / "hf").config
+    return Job(made, init, row_length, min(row_length, 32), STOP_IDS, SHIPPED_TOKENIZER, name, config)
 
 
 def make_policy(job: Job) -> PolicyWorker:
