@@ -62,21 +62,24 @@ def _arguments() -> argparse.Namespace:
 
 def _ours(arguments: argparse.Namespace, data: Path) -> Callable[[], None]:
     from minigpt.dataset.shards import BatchIterator, PackedDataset
+    from minigpt.model.attention import choose_backend
     from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
     from minigpt.trainer.engine import Engine, init_processes
     from minigpt.trainer.loop import to_tensors
     from minigpt.trainer.stage import StageModule, language_model_loss
 
-    processes = init_processes()
-    module = StageModule(MiniGPT(MiniGPTConfig(**CONFIG_S)), language_model_loss)
+    processes, packed_rows = init_processes(), PackedDataset(data, "train")
+    model = MiniGPT(MiniGPTConfig(**CONFIG_S))
+    model.attention_backend = choose_backend(processes.device, packed_rows.seq_len, torch.bfloat16, arguments.compile)
+    module = StageModule(model, language_model_loss)
     engine = Engine(module, processes, dtype=torch.bfloat16, learning_rate=1e-3, compile=arguments.compile)
-    batches = iter(
-        BatchIterator(PackedDataset(data, "train"), micro_batch_size=arguments.rows, global_batch_size=arguments.rows)
-    )
+    batches = iter(BatchIterator(packed_rows, micro_batch_size=arguments.rows, global_batch_size=arguments.rows))
 
     def step() -> None:
         batch = next(batches)
-        engine.forward_backward(to_tensors(batch, processes.device), 1.0 / float(batch["weights"].sum()))
+        engine.forward_backward(
+            to_tensors(batch, processes.device, model.attention_backend), 1.0 / float(batch["weights"].sum())
+        )
         engine.step(1e-3)
 
     return step

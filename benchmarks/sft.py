@@ -148,20 +148,20 @@ def run(arguments: argparse.Namespace) -> None:
     module = StageModule(model, language_model_loss)
     engine = Engine(module, processes, dtype=torch.bfloat16, learning_rate=1e-3, compile=arguments.compile)
     if arguments.compile:
-        compile_widths(engine, data.seq_len, arguments.task, arguments.bucket_multiple)
+        compile_widths(engine, data.seq_len, arguments.task, arguments.bucket_multiple, model.attention_backend)
     useful = 0
     with open(arguments.progress, "a", encoding="utf-8") as progress:
         for number, window in enumerate(windows(data, arguments.task, arguments.bucket_multiple), start=1):
             weight = sum(float(batch["weights"].sum()) for batch in window)
             for batch in window:
-                engine.forward_backward(to_tensors(batch, processes.device), 1.0 / weight)
+                engine.forward_backward(to_tensors(batch, processes.device, model.attention_backend), 1.0 / weight)
             engine.step(1e-3)
             useful += sum(int((batch["document_ids"] >= 0).sum()) for batch in window)
             progress.write(json.dumps({"step": number, "tokens": useful}) + "\n")
             progress.flush()
 
 
-def compile_widths(engine: Engine, seq_len: int, kind: str, multiple: int) -> None:
+def compile_widths(engine: Engine, seq_len: int, kind: str, multiple: int, backend: str) -> None:
     """Compile a graph of fixed shape for every width there will be, by a step on nothing but padding each.
 
     One graph for all widths would be slower, and takes minutes to compile.
@@ -173,7 +173,7 @@ def compile_widths(engine: Engine, seq_len: int, kind: str, multiple: int) -> No
     widths = range(multiple, _round_up(seq_len, multiple) + 1, multiple) if kind == BUCKETED else [seq_len]
     for width in widths:
         padding = collate([], pad_to=width, n_rows=BUCKET_ROWS if kind == BUCKETED else _rows_per_step(seq_len))
-        engine.forward_backward(to_tensors(padding, engine.device), 1.0)
+        engine.forward_backward(to_tensors(padding, engine.device, backend), 1.0)
         engine.step(0.0)
 
 

@@ -47,10 +47,9 @@ class Decoder:
         self.dtype, self.device = weight.dtype, weight.device
         self.prepares = sum(p.numel() * p.element_size() for p in model.parameters()) <= PREPARED_BYTES
         positions = torch.arange(max_length, device=self.device)[None]
-        cos, sin = model.model.rope(positions, self.dtype)
-        first, second = sin[0].chunk(2, dim=-1)
+        cos_T1D, sin_T1D = (x[0].transpose(0, 1) for x in model.model.rope(positions, self.dtype))
         # channel i + D/2 turns against channel i: with the sign in the sine, turning needs no negation
-        self.cos_T1D, self.sin_T1D = cos[0].transpose(0, 1), torch.cat((-first, second), dim=-1).transpose(0, 1)
+        self.cos_T1D, self.sin_T1D = torch.cat((cos_T1D, cos_T1D), -1), torch.cat((-sin_T1D, sin_T1D), -1)
         self.refresh()
 
     @torch.inference_mode()

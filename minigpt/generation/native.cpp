@@ -2,7 +2,7 @@
 //
 // The formulas are those of model_minigpt.py and sampling.py; the tests compare this file with both. What it saves is
 // calling some 150 operators a step, each with an allocation and a start of the threads, and passes over memory between
-// them. It uses nothing of torch: native.py compiles it once on a machine and hands over addresses.
+// them. It uses nothing of torch: native.py hands over addresses.
 //
 // What is computed for a row never depends on how many others there are, on their order, or on the number of threads:
 // every sum is taken by one thread in a fixed order. `#pragma omp for` ends with a barrier.
@@ -15,70 +15,10 @@
 #include <cstring>
 #include <vector>
 
-constexpr int W = 16;            // floats that are computed together
-constexpr int COLUMNS = 2 * W;   // of a panel, a piece of a weight matrix: [width, COLUMNS]
-constexpr int ROWS = 8;          // rows that are multiplied by a panel together: what fits into the registers
+#include "../model/vectors.h"
+
 constexpr int BLOCK = 4 * W;     // tokens whose probabilities are summed up before one of them is chosen
 constexpr int SPARE = 14, DEPTH = 8;  // as SPARE and COLUMN in sampling.py
-
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef int32_t ints __attribute__((vector_size(4 * W)));
-typedef uint32_t words __attribute__((vector_size(4 * W)));
-typedef uint16_t halves __attribute__((vector_size(2 * W)));
-struct bf16 { uint16_t bits; };
-
-static inline vec load(const float* from) { vec v; std::memcpy(&v, from, sizeof v); return v; }
-static inline void store(float* to, vec v) { std::memcpy(to, &v, sizeof v); }
-static inline vec load(const bf16* from) {  // bfloat16 is the upper half of a float
-    halves h;
-    std::memcpy(&h, from, sizeof h);
-    return (vec)(__builtin_convertvector(h, words) << 16);
-}
-
-// COLUMNS weights of a panel. In bfloat16 weight i of the left half stands beside weight i of the right one.
-static inline void load_both(const float* from, vec& left, vec& right) { left = load(from), right = load(from + W); }
-static inline void load_both(const bf16* from, vec& left, vec& right) {
-    words w;
-    std::memcpy(&w, from, sizeof w);
-    left = (vec)(w << 16), right = (vec)(w & 0xffff0000u);
-}
-
-// A vector of the sums of W vectors, make(0) to make(W - 1): neighbours are added in pairs, again and again.
-template <int N = W, class Make>
-static inline vec sums_of(Make make, int first = 0) {
-    if constexpr (N == 1) {
-        return make(first);
-    } else {
-        vec a = sums_of<N / 2>(make, first), b = sums_of<N / 2>(make, first + N / 2);
-        return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-               __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    }
-}
-
-static inline float sum(vec v) {
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) v[i] += v[i + half];
-    return v[0];
-}
-
-static inline float greatest(vec v) {
-    float most = v[0];
-    for (int i = 1; i < W; i++) most = std::max(most, v[i]);
-    return most;
-}
-
-// e^x to about 1e-7 of its value: 2^n · e^r with |r| <= ln(2) / 2, as in Cephes; 0 below the normal numbers.
-static inline vec exp(vec x) {
-    vec limited = x < -87.0f ? vec{} - 87.0f : x;
-    vec n = (limited * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to a whole number
-    vec r = limited - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = vec{} + 1.9875691500e-4f;
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = p * r + c;
-    p = p * r * r + r + 1.0f;
-    vec power = (vec)((__builtin_convertvector(n, ints) + 127) << 23);
-    return x < -87.0f ? vec{} : p * power;
-}
 
 // ------------------------------------------------------------------------------------------------------------ network
 
@@ -113,22 +53,6 @@ struct Row {  // a token, where it belongs, and the slot whose first `shared` po
 };
 }
 
-template <int R, class T, class Use>
-static inline void multiply(const float* x, int64_t row, int64_t width, const T* panel, Use use) {
-    vec sums[R][2] = {};
-    for (int64_t k = 0; k < width; k++, panel += COLUMNS) {
-        vec left, right;
-        load_both(panel, left, right);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            float factor = x[(row + r) * width + k];
-            sums[r][0] += factor * left;
-            sums[r][1] += factor * right;
-        }
-    }
-    for (int r = 0; r < R; r++) use(row + r, sums[r][0], sums[r][1]);
-}
-
 // x W^T of all rows, panel by panel; use(panel, row, left, right) takes the sums of its 2 W columns.
 template <class T, class Use>
 static void product(const float* x, int64_t rows, int64_t width, const void* packed, int64_t panels, Use use) {
@@ -137,10 +61,10 @@ static void product(const float* x, int64_t rows, int64_t width, const void* pac
         const T* panel = (const T*)packed + p * width * COLUMNS;
         auto use_row = [&](int64_t row, vec left, vec right) { use(p, row, left, right); };
         int64_t row = 0;
-        for (; row + ROWS <= rows; row += ROWS) multiply<ROWS>(x, row, width, panel, use_row);
-        if ((rows - row) & 4) multiply<4>(x, row, width, panel, use_row), row += 4;
-        if ((rows - row) & 2) multiply<2>(x, row, width, panel, use_row), row += 2;
-        if ((rows - row) & 1) multiply<1>(x, row, width, panel, use_row);
+        for (; row + ROWS <= rows; row += ROWS) multiply<ROWS>(x, width, row, width, panel, use_row);
+        if ((rows - row) & 4) multiply<4>(x, width, row, width, panel, use_row), row += 4;
+        if ((rows - row) & 2) multiply<2>(x, width, row, width, panel, use_row), row += 2;
+        if ((rows - row) & 1) multiply<1>(x, width, row, width, panel, use_row);
     }
 }
 

@@ -1,20 +1,13 @@
 """A decode step and its sampling as two calls of compiled code, where a CPU and a C++ compiler are there.
 
-`native.cpp` is compiled once on a machine, into the user's cache folder, and loaded without any binding library: what
-goes in and out are addresses of tensors. Where there is no compiler, on a GPU, and for networks that it does not cover
-the engine uses `decoder.py` and `sampling.py`, which compute the same. MINIGPT_NATIVE=0 switches it off.
+How `native.cpp` gets compiled is in `minigpt/model/native.py`; what goes in and out are addresses of tensors. Where
+there is no compiler, on a GPU, and for networks that it does not cover the engine uses `decoder.py` and `sampling.py`,
+which compute the same.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
@@ -26,14 +19,13 @@ import torch.nn.functional as F
 
 from minigpt.generation.decoder import Decoder, adapted_weight, norm_weight
 from minigpt.generation.sampling import SamplingParams, candidates_of
+from minigpt.model.native import load_native
 
 if TYPE_CHECKING:
     from minigpt.model.kv_cache import KVCache
     from minigpt.model.model_minigpt import Attention, FeedForward
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
-COMPILE_SECONDS = 120
 VECTOR, PANEL = 16, 32  # W and COLUMNS there
 ROW = np.dtype([(name, np.int64) for name in ("id", "slot", "position", "lender", "shared")])
 DRAW = np.dtype(
@@ -68,35 +60,9 @@ class _Cache(Structure):
     _fields_ = [("kv", c_void_p), ("slots", c_int64), ("length", c_int64)]
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code, compiled now if this machine has not done it yet; None where that is not possible."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or os.environ.get("MINIGPT_NATIVE") == "0":
-        return None
-    key = "\0".join((SOURCE.read_text(encoding="utf-8"), *FLAGS, compiler, _processor()))
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(cache_home) / "minigpt" / f"native_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    try:
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # other processes see a whole file or none
-                built = Path(folder) / "native.so"
-                command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
-                built.replace(target)
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _processor() -> str:
-    """What the code is compiled for: machines that share a home folder may differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    """The compiled code; None where it cannot be compiled."""
+    return load_native(SOURCE)
 
 
 class NativeDecoder:

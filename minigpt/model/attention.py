@@ -5,11 +5,11 @@ calls `attention`. How it is computed is decided here:
 
     backend    where                          memory of the mask
     varlen     CUDA: flash attention          none: documents are given by their boundaries
-               CPU: flash, document by document
-    sdpa       anywhere; the default on a CPU up to 1,024 tokens a row, where one shared block-diagonal mask
-               is cheaper than many small calls           [B, T, T]
-    blocks     the same inside a graph compiled for a CPU: plain products of query blocks, which the compiler fuses
-               with mask and softmax; twice as fast as SDPA there                                     [B, T, T]
+               CPU: document by document, in compiled code (attention.cpp) or by torch's flash kernel
+    sdpa       anywhere; the default on a CPU without a C++ compiler up to 1,024 tokens a row, where one shared
+               block-diagonal mask is cheaper than many small calls                                   [B, T, T]
+    blocks     the same inside a compiled graph: plain products of query blocks, which the compiler fuses with mask
+               and softmax                                                                            [B, T, T]
     reference  anywhere, slow: the formula itself, in any precision; the tests' yardstick
 
 Shapes: B rows, T queries, S keys, H query heads, G key/value heads (H a multiple of G), D head size, N = B*T.
@@ -17,13 +17,18 @@ Shapes: B rows, T queries, S keys, H query heads, G key/value heads (H a multipl
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .native import load_native
+
+SOURCE = Path(__file__).with_name("attention.cpp")
 BACKENDS = ("varlen", "blocks", "sdpa", "reference")
 _SDPA_MAX_TOKENS_ON_CPU = (
     1024  # beyond it the [B, T, T] mask is quadratic in T; a shared mask costs 7 % of a step at 256
@@ -57,7 +62,7 @@ def choose_backend(
     """The fastest backend that trains packed rows of `seq_len` tokens on this device in this precision."""
     if torch.device(device).type == "cuda":
         return "varlen" if dtype in (torch.float16, torch.bfloat16) else "sdpa"  # flash kernels take no float32
-    if seq_len > _SDPA_MAX_TOKENS_ON_CPU:
+    if seq_len > _SDPA_MAX_TOKENS_ON_CPU or _native(dtype) is not None:
         return "varlen"
     return "blocks" if compiled and seq_len % _QUERY_BLOCKS == 0 else "sdpa"
 
@@ -188,35 +193,20 @@ def _varlen(q_BHTD, k_BGSD, v_BGSD, pattern: AttentionPattern):
     return out.view(B, T, H, D).transpose(1, 2)
 
 
-# On a CPU: flash attention document by document. One opaque operator keeps `torch.compile` from looking into a loop
-# whose trip count is data, so the shapes outside stay fixed.
-
-
-def _documents(cu_seqlens: torch.Tensor) -> list[slice]:
-    edges = cu_seqlens.tolist()
-    return [slice(start, end) for start, end in pairwise(edges) if end > start]
-
-
-def _heads_first(x_NHD: torch.Tensor, document: slice, groups: int = 1) -> torch.Tensor:
-    """[1, H, L, D] of one document; each head repeated `groups` times."""
-    x = x_NHD[document].transpose(0, 1)
-    return (x.repeat_interleave(groups, dim=0) if groups > 1 else x)[None]
+# On a CPU: document by document, by compiled code (`attention.cpp`), or by torch's flash kernel where that cannot be
+# compiled. An opaque operator keeps `torch.compile` from looking into a loop whose trip count is data, so the shapes
+# outside stay fixed.
 
 
 @torch.library.custom_op("minigpt::document_attention", mutates_args=(), device_types="cpu")
 def _document_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor
+    q_NHD: torch.Tensor, k_NGD: torch.Tensor, v_NGD: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    groups = q.shape[1] // k.shape[1]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    log_sum_exp = torch.empty(q.shape[:2], dtype=_accumulate_dtype(q))
-    for doc in _documents(cu_seqlens):
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _heads_first(q, doc), _heads_first(k, doc, groups), _heads_first(v, doc, groups), is_causal=True
-        )
-        out[doc] = o[0].transpose(0, 1)
-        log_sum_exp[doc] = lse[0].transpose(0, 1)
-    return out, log_sum_exp
+    out_NHD = torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
+    log_sums_NH = torch.empty(q_NHD.shape[:2], dtype=_accumulate_dtype(q_NHD))
+    forward = _forward_by_torch if (native := _native(q_NHD.dtype)) is None else native.forward
+    forward(q_NHD, k_NGD, v_NGD, cu_seqlens, out_NHD, log_sums_NH)
+    return out_NHD, log_sums_NH
 
 
 @_document_attention.register_fake
@@ -232,30 +222,17 @@ def _document_attention_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    log_sum_exp: torch.Tensor,
+    log_sums: torch.Tensor,
     cu_seqlens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    groups = q.shape[1] // k.shape[1]
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for doc in _documents(cu_seqlens):
-        dq_doc, dk_doc, dv_doc = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _heads_first(grad, doc),
-            _heads_first(q, doc),
-            _heads_first(k, doc, groups),
-            _heads_first(v, doc, groups),
-            _heads_first(out, doc),
-            log_sum_exp[doc].transpose(0, 1)[None],
-            dropout_p=0.0,
-            is_causal=True,
-        )
-        dq[doc] = dq_doc[0].transpose(0, 1)
-        for d, d_doc in ((dk, dk_doc), (dv, dv_doc)):  # a key/value head collects what its group of query heads gives
-            d[doc] = d_doc[0].unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    backward = _backward_by_torch if (native := _native(q.dtype)) is None else native.backward
+    backward(grad, q, k, v, out, log_sums, cu_seqlens, (dq, dk, dv))
     return dq, dk, dv
 
 
 @_document_attention_backward.register_fake
-def _(grad, q, k, v, out, log_sum_exp, cu_seqlens):
+def _(grad, q, k, v, out, log_sums, cu_seqlens):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
@@ -264,11 +241,116 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    q, k, v, out, log_sum_exp, cu_seqlens = ctx.saved_tensors
-    return *torch.ops.minigpt.document_attention_backward(grad, q, k, v, out, log_sum_exp, cu_seqlens), None
+    q, k, v, out, log_sums, cu_seqlens = ctx.saved_tensors
+    return *torch.ops.minigpt.document_attention_backward(grad, q, k, v, out, log_sums, cu_seqlens), None
 
 
 _document_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("token", ctypes.c_int64), ("head", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, x_NHD: torch.Tensor) -> _Heads:
+        return cls(x_NHD.data_ptr(), x_NHD.stride(0), x_NHD.stride(1))
+
+
+class _Arguments(ctypes.Structure):
+    """`struct Attention` of attention.cpp."""
+
+    _fields_ = [
+        ("edges", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("documents", "H", "G", "D", "is_bf16", "threads")),
+        *((name, _Heads) for name in ("q", "k", "v")),
+        *((name, ctypes.c_void_p) for name in ("out", "log_sums")),
+        ("grad", _Heads),
+        *((name, ctypes.c_void_p) for name in ("dq", "dk", "dv")),
+    ]
+
+
+class _Native:
+    """The two calls of attention.cpp, on tensors whose last stride is 1."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def forward(self, q, k, v, cu_seqlens, out, log_sums) -> None:
+        self._library.attention_forward(ctypes.byref(self._arguments(q, k, v, cu_seqlens, out, log_sums)))
+
+    def backward(self, grad, q, k, v, out, log_sums, cu_seqlens, gradients) -> None:
+        arguments = self._arguments(q, k, v, cu_seqlens, out, log_sums)
+        grad = _with_rows(grad)
+        arguments.grad = _Heads.of(grad)
+        arguments.dq, arguments.dk, arguments.dv = (x.data_ptr() for x in gradients)
+        self._library.attention_backward(ctypes.byref(arguments))
+
+    def _arguments(self, q, k, v, cu_seqlens, out, log_sums) -> _Arguments:
+        self._kept = q, k, v = tuple(_with_rows(x) for x in (q, k, v))  # alive as long as their addresses are used
+        return _Arguments(
+            edges=cu_seqlens.data_ptr(),
+            documents=len(cu_seqlens) - 1,
+            H=q.shape[1],
+            G=k.shape[1],
+            D=q.shape[2],
+            is_bf16=q.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+            q=_Heads.of(q),
+            k=_Heads.of(k),
+            v=_Heads.of(v),
+            out=out.data_ptr(),
+            log_sums=log_sums.data_ptr(),
+        )
+
+
+def _with_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _native(dtype: torch.dtype) -> _Native | None:
+    """The compiled code, if it computes in this precision and this machine can compile it."""
+    library = load_native(SOURCE) if dtype in (torch.float32, torch.bfloat16) else None
+    return None if library is None else _Native(library)
+
+
+def _documents(cu_seqlens: torch.Tensor) -> list[slice]:
+    edges = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in pairwise(edges) if end > start]
+
+
+def _heads_first(x_NHD: torch.Tensor, document: slice, groups: int = 1) -> torch.Tensor:
+    """[1, H, L, D] of one document; each head repeated `groups` times."""
+    x = x_NHD[document].transpose(0, 1)
+    return (x.repeat_interleave(groups, dim=0) if groups > 1 else x)[None]
+
+
+def _forward_by_torch(q, k, v, cu_seqlens, out, log_sums) -> None:
+    groups = q.shape[1] // k.shape[1]
+    for doc in _documents(cu_seqlens):
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _heads_first(q, doc), _heads_first(k, doc, groups), _heads_first(v, doc, groups), is_causal=True
+        )
+        out[doc] = o[0].transpose(0, 1)
+        log_sums[doc] = lse[0].transpose(0, 1)
+
+
+def _backward_by_torch(grad, q, k, v, out, log_sums, cu_seqlens, gradients) -> None:
+    groups = q.shape[1] // k.shape[1]
+    dq, dk, dv = gradients
+    for doc in _documents(cu_seqlens):
+        dq_doc, dk_doc, dv_doc = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _heads_first(grad, doc),
+            _heads_first(q, doc),
+            _heads_first(k, doc, groups),
+            _heads_first(v, doc, groups),
+            _heads_first(out, doc),
+            log_sums[doc].transpose(0, 1)[None],
+            dropout_p=0.0,
+            is_causal=True,
+        )
+        dq[doc] = dq_doc[0].transpose(0, 1)
+        for d, d_doc in ((dk, dk_doc), (dv, dv_doc)):  # a key/value head collects what its group of query heads gives
+            d[doc] = d_doc[0].unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
 
 
 def _accumulate_dtype(x: torch.Tensor) -> torch.dtype:

@@ -126,10 +126,8 @@ class RoPE(nn.Module):
         self.head_dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
 
     def forward(self, position_ids_BT: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of every position's angles: two tensors [B, 1, T, D] of the given dtype."""
-        angles_BTD2 = position_ids_BT[:, :, None].float() * self.frequencies(position_ids_BT.device)
-        angles_B1TD = torch.cat((angles_BTD2, angles_BTD2), dim=-1)[:, None]
-        return angles_B1TD.cos().to(dtype), angles_B1TD.sin().to(dtype)
+        """cos and sin of every position's angles: two tensors [B, 1, T, D/2] of the given dtype."""
+        return torch.ops.minigpt.rotation(position_ids_BT, self.frequencies(position_ids_BT.device), dtype)
 
     def frequencies(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Radians per token of each channel pair, [D/2] float32."""
@@ -149,7 +147,23 @@ class RoPE(nn.Module):
     def rotate(x_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Turn each pair of channels (i, i + D/2) by its angle."""
         first, second = x_BHTD.chunk(2, dim=-1)
-        return x_BHTD * cos + torch.cat((-second, first), dim=-1) * sin
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# One operator that a compiler does not look into: else it would compute cosines anew for every layer and head.
+@torch.library.custom_op("minigpt::rotation", mutates_args=())
+def _rotation(
+    position_ids_BT: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    angles_B1TD = position_ids_BT[:, None, :, None].float() * frequencies
+    return angles_B1TD.cos().to(dtype), angles_B1TD.sin().to(dtype)
+
+
+@_rotation.register_fake
+def _(position_ids_BT, frequencies, dtype):
+    B, T = position_ids_BT.shape
+    cos, sin = (frequencies.new_empty(B, 1, T, len(frequencies), dtype=dtype) for _ in range(2))
+    return cos, sin
 
 
 def _llama3_frequencies(frequency: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch._dynamo.testing
 
 from minigpt.model.attention import (
+    SOURCE,
     AttentionPattern,
     attention,
     boundaries,
@@ -15,8 +16,9 @@ from minigpt.model.attention import (
     choose_backend,
     packed_pattern,
 )
+from minigpt.model.native import load_native
 
-BACKENDS = ("varlen", "blocks", "sdpa")
+BACKENDS = ("varlen", "varlen without a compiler", "blocks", "sdpa")
 # Documents of two rows, in tokens: of one token, of many, and padding (-1) at the end of the second row.
 DOCUMENT_LENGTHS = ((5, 1, 18), (11, 6))
 T = 24
@@ -56,11 +58,19 @@ def output_and_gradients(compute, tensors):
     return [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
 
 
-@pytest.fixture(autouse=True)
-def blocks_outside_of_graphs(request, monkeypatch):
+@pytest.fixture
+def backend(request, monkeypatch):
     """Query blocks are taken in compiled graphs only; here they run without the minutes that compiling takes."""
-    if hasattr(request.node, "callspec") and request.node.callspec.params.get("backend") == "blocks":
+    name, _, restriction = request.param.partition(" without ")
+    if name == "blocks":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if restriction:
+        without_compiler(monkeypatch)
+    return name
+
+
+def without_compiler(monkeypatch) -> None:
+    monkeypatch.setattr("minigpt.model.attention.load_native", lambda source: None)
 
 
 def relative_error(found, expected) -> float:
@@ -68,7 +78,7 @@ def relative_error(found, expected) -> float:
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["multi-head", "grouped", "multi-query"])
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"], indirect=True)
 def test_every_backend_is_the_formula_in_output_and_gradient(backend, heads):
     ids = document_ids()
     expected = output_and_gradients(lambda *qkv: formula(*qkv, ids), random_qkv(torch.float64, heads))
@@ -80,7 +90,7 @@ def test_every_backend_is_the_formula_in_output_and_gradient(backend, heads):
             assert relative_error(ours, reference) < tolerance, (name, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_document_changes_nothing_not_even_a_bit(backend, dtype):
     """Everything of the middle document is replaced, by larger numbers too: the rest keeps its bits, also gradients."""
@@ -102,7 +112,7 @@ def test_another_document_changes_nothing_not_even_a_bit(backend, dtype):
         assert not b[:, :, 5:12].any(), "what is not asked for has no gradient"
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"], indirect=True)
 def test_the_future_is_not_seen(backend):
     pattern = packed_pattern(document_ids(((T,),)), torch.float32, backend)
     q, k, v = random_qkv(torch.float32, rows=1)
@@ -153,7 +163,12 @@ def test_repeated_boundaries_at_the_end_are_empty_documents():
     assert torch.equal(exact, same)
 
 
-def test_long_rows_on_a_cpu_take_the_backend_without_a_mask():
+def test_every_machine_takes_the_fastest_backend_that_it_has(monkeypatch):
+    """Compiled code where it can be; else a mask in short rows, and no mask in long ones."""
+    assert load_native(SOURCE) is not None, "the tests need a C++ compiler"
+    assert {choose_backend("cpu", T, compiled=c) for T in (256, 1024, 4096) for c in (True, False)} == {"varlen"}
+    assert choose_backend("cpu", 1024, torch.float64) == "sdpa", "compiled code computes in float32"
+    without_compiler(monkeypatch)
     assert choose_backend("cpu", 1024) == "sdpa"
     assert choose_backend("cpu", 1024, compiled=True) == "blocks"
     assert choose_backend("cpu", 1026, compiled=True) == "varlen"
@@ -186,6 +201,45 @@ def test_memory_of_a_long_row_is_not_quadratic():
     """12,000 tokens: a mask of bytes alone would be 144 MB, float32 scores of one head 576 MB."""
     done = subprocess.run([sys.executable, "-c", PEAK_OF_ONE_LONG_ROW], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 60
+
+
+@pytest.mark.parametrize("head_dim", [8, 32, 40, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_code_is_the_formula_whatever_divides(head_dim, dtype):
+    """Documents and heads that fill panels and registers and do not, padding, several rows; against SDPA in float64."""
+    lengths = ((1, 7, 8, 9, 31, 32, 33), (64, 57), (121,))
+    ids, heads = document_ids(lengths, 121), (6, 2)
+    exact = random_qkv(torch.float64, heads, head_dim, 121, 3)
+    expected = output_and_gradients(lambda *x: attention(*x, packed_pattern(ids, torch.float64, "sdpa")), exact)
+    ours = random_qkv(dtype, heads, head_dim, 121, 3)
+    found = output_and_gradients(lambda *x: attention(*x, packed_pattern(ids, dtype, "varlen")), ours)
+    for name, one, reference in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        assert relative_error(one, reference) < (1e-6 if dtype == torch.float32 else 6e-3), name
+
+
+def test_compiled_code_computes_the_same_bits_on_any_number_of_threads():
+    ids = document_ids(((100, 21), (60, 61)), 121)
+    results = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            pattern = packed_pattern(ids, torch.float32, "varlen")
+            tensors = random_qkv(torch.float32, row_length=121)
+            results.append(output_and_gradients(lambda *x, p=pattern: attention(*x, p), tensors))
+        finally:
+            torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_numbers_that_are_none_stay_so():
+    """A diverged network must be seen as one: NaN in bfloat16 rounds to NaN."""
+    q, k, v = random_qkv(torch.bfloat16, rows=1)
+    v.data[0, 0, 3, 0] = float("nan")
+    out = attention(q, k, v, packed_pattern(document_ids(((T,),)), torch.bfloat16, "varlen"))
+    assert out[0, 0, 5, 0].isnan()
+    assert not out[0, 2].isnan().any()
 
 
 @pytest.mark.gpu
