@@ -33,36 +33,9 @@ struct Attention {
 };
 }
 
-static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-static inline float widened(float x) { return x; }
-static inline float widened(bf16 x) {
-    uint32_t bits = (uint32_t)x.bits << 16;
-    float f;
-    std::memcpy(&f, &bits, sizeof f);
-    return f;
-}
-
-static inline void narrow(float x, float& to) { to = x; }
-static inline void narrow(float x, bf16& to) {  // to the nearest, to even where two are
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    to.bits = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
-}
-
 template <class T>
 static inline const T* vector_at(const Heads& x, int64_t token, int64_t head) {
     return (const T*)x.data + token * x.token + head * x.head;
-}
-
-template <class T>
-static inline void read(const T* from, int64_t D, float factor, float* to) {
-    for (int64_t d = 0; d < D; d++) to[d] = widened(from[d]) * factor;
-}
-
-template <class T>
-static inline void write(const float* from, int64_t D, float factor, T* to) {
-    for (int64_t d = 0; d < D; d++) narrow(from[d] * factor, to[d]);
 }
 
 // Panels for products of one document: [panel][row][COLUMNS], as `multiply` reads them.

@@ -9,13 +9,30 @@ scalar that can be multiplied in later; so no logits are kept or computed twice.
 Losses that are no sum over tokens (DPO's is a function of whole answers) want the log-probability of each token, whose
 upstream gradient is known only when all of them are. So `linear_log_probs` computes the logits of a chunk once more in
 its backward pass, unless the weight is frozen: four products where the loss has three, and one chunk in memory.
+
+On a CPU all this is an operator that `torch.compile` does not look into. Inside, tokens without a label (prompts,
+padding) are left out, which a graph of fixed shapes could not do, and what lies between two products is compiled code
+(`cross_entropy.cpp`) where there is a compiler. On a GPU, where finding out how many labels there are would make it
+wait, all positions are computed and those without a label count nothing.
+
+Shapes: N tokens, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
+from .native import load_native
+
+SOURCE = Path(__file__).with_name("cross_entropy.cpp")
 _CHUNK_ELEMENTS = 1 << 23  # logits alive at a time: 32 MB in float32
+Numbers = Sequence[
+    torch.Tensor
+]  # of each token: log-normaliser, entropy, and the gradients of log-probability and entropy
 
 
 def linear_cross_entropy(
@@ -33,48 +50,6 @@ def linear_cross_entropy(
         float32 scalar (float64 for float64 input), in nats. The softmax is computed in that precision too.
     """
     return _LinearCrossEntropy.apply(x_NE, weight_VE, labels_N, weights_N)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_NE, weight_VE, labels_N, weights_N):
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        accumulate = torch.float64 if x_NE.dtype == torch.float64 else torch.float32
-        counts_N = (labels_N >= 0) & (weights_N != 0)
-        weights_N = torch.where(counts_N, weights_N, 0.0).to(accumulate)
-        labels_N = torch.where(counts_N, labels_N, 0)
-        loss = torch.zeros((), dtype=accumulate, device=x_NE.device)
-        grad_weight = torch.zeros(weight_VE.shape, dtype=accumulate, device=x_NE.device) if needs_weight else None
-        grad_x = []
-        chunk = max(1, _CHUNK_ELEMENTS // weight_VE.shape[0])
-        pieces = zip(x_NE.split(chunk), labels_N.split(chunk), weights_N.split(chunk), strict=True)
-        for x, label, w in pieces:
-            x = torch.where((w != 0)[:, None], x, 0.0)
-            logits = (x @ weight_VE.T).to(accumulate)
-            log_z = logits.logsumexp(-1)
-            loss += (w * (log_z - logits.gather(1, label[:, None])[:, 0])).sum()
-            if needs_x or needs_weight:
-                is_label = torch.arange(logits.shape[1], device=x.device) == label[:, None]
-                grad_logits = (((logits - log_z[:, None]).exp() - is_label.to(accumulate)) * w[:, None]).to(x.dtype)
-                if needs_x:
-                    grad_x.append(grad_logits @ weight_VE)
-                if grad_weight is not None:
-                    grad_weight += grad_logits.T @ x
-        ctx.save_for_backward(
-            torch.cat(grad_x) if needs_x else None,
-            None if grad_weight is None else grad_weight.to(weight_VE.dtype),
-        )
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype),
-            None if grad_weight is None else grad_weight * grad_loss.to(grad_weight.dtype),
-            None,
-            None,
-        )
 
 
 def linear_log_probs(
@@ -102,69 +77,333 @@ def linear_log_probs_and_entropy(
     return _LinearLogProbs.apply(x_NE, weight_VE, labels_N, temperature, True)
 
 
+def _on_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NE, weight_VE, labels_N, weights_N):
+        compute = torch.ops.minigpt.labelled_loss if _on_cpu(x_NE) else _loss
+        loss, grad_x, grad_weight = compute(x_NE, weight_VE, labels_N, weights_N, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        gradients = (
+            grad * grad_loss.to(grad.dtype) if needed else None
+            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+        )
+        return *gradients, None, None
+
+
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NE, weight_VE, labels_N, temperature, with_entropy):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        accumulate = torch.float64 if x_NE.dtype == torch.float64 else torch.float32
-        chunk = max(1, _CHUNK_ELEMENTS // weight_VE.shape[0])
-        keeps_gradient = needs_x and not needs_weight and not with_entropy
-        log_probs, log_normalisers, entropies, grad_x = [], [], [], []
-        for x, label in zip(x_NE.split(chunk), labels_N.split(chunk), strict=True):
-            has_label, label = label >= 0, label.clamp_min(0)
-            logits = (torch.where(has_label[:, None], x, 0.0) @ weight_VE.T).to(accumulate) / temperature
-            log_z = logits.logsumexp(-1)
-            log_probs.append(torch.where(has_label, logits.gather(1, label[:, None])[:, 0] - log_z, 0.0))
-            log_normalisers.append(log_z)
-            if with_entropy:  # not log z − Σ p · logit: where the model is sure, two large numbers would cancel
-                log_p = logits - log_z[:, None]
-                entropies.append(torch.where(has_label, -(log_p.exp() * log_p).sum(-1), 0.0))
-            if keeps_gradient:  # a row's gradient is upstream times this: no logits are needed again
-                grad_logits = _log_prob_gradient(logits, log_z, label) * has_label[:, None] / temperature
-                grad_x.append(grad_logits.to(x.dtype) @ weight_VE)
-        ctx.chunk, ctx.temperature, ctx.keeps_gradient = chunk, temperature, keeps_gradient
-        entropy_N = torch.cat(entropies) if with_entropy else torch.zeros(())
-        if keeps_gradient:
-            ctx.save_for_backward(torch.cat(grad_x), None, labels_N, None, None)
+        # a row's gradient is upstream times this: no logits are needed again
+        ctx.keeps_gradient = needs_x and not needs_weight and not with_entropy
+        ctx.temperature, ctx.with_entropy = temperature, with_entropy
+        compute = torch.ops.minigpt.labelled_log_probs if _on_cpu(x_NE) else _log_probs
+        arguments = x_NE, weight_VE, labels_N, temperature, with_entropy, ctx.keeps_gradient
+        log_probs_N, entropies_N, log_sums_N, grad_x = compute(*arguments)
+        if ctx.keeps_gradient:
+            ctx.save_for_backward(grad_x, labels_N)
         else:
-            ctx.save_for_backward(
-                x_NE, weight_VE, labels_N, torch.cat(log_normalisers), entropy_N if with_entropy else None
-            )
-        return torch.cat(log_probs), entropy_N
+            ctx.save_for_backward(x_NE, weight_VE, labels_N, log_sums_N, entropies_N)
+        return log_probs_N, entropies_N
 
     @staticmethod
-    def backward(ctx, grad_N, grad_entropy_N):
-        x_NE, weight_VE, labels_N, log_z_N, entropy_N = ctx.saved_tensors
-        if ctx.keeps_gradient:  # what was saved is the gradient with respect to x
-            return x_NE * torch.where(labels_N >= 0, grad_N, 0.0)[:, None].to(x_NE.dtype), None, None, None, None
-        if entropy_N is None:
-            entropy_N = grad_entropy_N = torch.zeros_like(log_z_N)
-        grad_weight = torch.zeros(weight_VE.shape, dtype=log_z_N.dtype, device=x_NE.device)
-        grad_x = []
-        pieces = (t.split(ctx.chunk) for t in (x_NE, labels_N, log_z_N, grad_N, entropy_N, grad_entropy_N))
-        for x, label, log_z, grad, entropy, grad_entropy in zip(*pieces, strict=True):
-            has_label, label = label >= 0, label.clamp_min(0)
-            x = torch.where(has_label[:, None], x, 0.0)
-            log_p = (x @ weight_VE.T).to(log_z.dtype) / ctx.temperature - log_z[:, None]
-            is_label = torch.arange(log_p.shape[1], device=x.device) == label[:, None]
-            # d log p_label / d logits = label − p;  dH / d logits = −p (log p + H)
-            inner = grad[:, None] + grad_entropy[:, None] * (log_p + entropy[:, None])
-            grad_logits = torch.where(has_label[:, None], is_label * grad[:, None] - log_p.exp() * inner, 0.0)
-            grad_logits = (grad_logits / ctx.temperature).to(x.dtype)
-            if ctx.needs_input_grad[0]:
-                grad_x.append(grad_logits @ weight_VE)
-            if ctx.needs_input_grad[1]:
-                grad_weight += grad_logits.T @ x
-        return (
-            torch.cat(grad_x) if grad_x else None,
-            grad_weight.to(weight_VE.dtype) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-            None,
+    def backward(ctx, grads_N, entropy_grads_N):
+        if ctx.keeps_gradient:
+            grad_x, labels_N = ctx.saved_tensors
+            return grad_x * torch.where(labels_N >= 0, grads_N, 0.0)[:, None].to(grad_x.dtype), None, None, None, None
+        x_NE, weight_VE, labels_N, log_sums_N, entropies_N = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        numbers = log_sums_N, entropies_N, grads_N, entropy_grads_N
+        options = ctx.temperature, ctx.with_entropy, needs_x, needs_weight
+        if _on_cpu(x_NE):
+            backward = torch.ops.minigpt.labelled_log_probs_backward
+            grad_x, grad_weight = backward(x_NE, weight_VE, labels_N, *numbers, *options)
+        else:
+            grad_x, grad_weight = _log_probs_backward(x_NE, weight_VE, labels_N, numbers, *options)
+        return grad_x if needs_x else None, grad_weight if needs_weight else None, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------- chunk by chunk
+# What is not asked for is returned as an empty tensor, since operators return nothing but tensors.
+
+
+def _loss(x_NE, weight_VE, labels_N, weights_N, needs_x: bool, needs_weight: bool):
+    """The loss, and its gradients with respect to x and the weight."""
+    counts_N = (labels_N >= 0) & (weights_N != 0)
+    weights_N = torch.where(counts_N, weights_N, 0.0).to(_precision(x_NE))
+    labels_N = torch.where(counts_N, labels_N, 0)
+    loss = torch.zeros((), dtype=_precision(x_NE), device=x_NE.device)
+    gradients = _Gradients(x_NE, weight_VE, needs_x, needs_weight)
+    for x, label, w in _chunks(weight_VE, x_NE, labels_N, weights_N):
+        x = torch.where((w != 0)[:, None], x, 0.0)
+        grads = -w if needs_x or needs_weight else None
+        log_probs, _, _, grad_logits = _judge(x @ weight_VE.T, label, 1.0, False, grads)
+        loss -= (w * log_probs).sum()
+        gradients.add(x, grad_logits)
+    return loss, *gradients.results()
+
+
+def _log_probs(x_NE, weight_VE, labels_N, temperature: float, with_entropy: bool, keeps_gradient: bool):
+    """Of the labels: log-probabilities, entropies, log-normalisers, and the log-probabilities' gradients for x."""
+    found = []
+    gradients = _Gradients(x_NE, weight_VE, keeps_gradient, False)
+    for x, label in _chunks(weight_VE, x_NE, labels_N):
+        has_label, label = label >= 0, label.clamp_min(0)
+        x = torch.where(has_label[:, None], x, 0.0)
+        grads = has_label.to(_precision(x)) if keeps_gradient else None
+        *numbers, grad_logits = _judge(x @ weight_VE.T, label, temperature, with_entropy, grads)
+        found.append([torch.where(has_label, n, 0.0) if n.numel() else n for n in numbers])
+        gradients.add(x, grad_logits)
+    log_probs_N, log_sums_N, entropies_N = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+    return log_probs_N, entropies_N, log_sums_N, gradients.results()[0]
+
+
+def _log_probs_backward(
+    x_NE,
+    weight_VE,
+    labels_N,
+    numbers: Numbers,
+    temperature: float,
+    with_entropy: bool,
+    needs_x: bool,
+    needs_weight: bool,
+):
+    """The gradients of x and the weight, from those of log-probabilities and entropies."""
+    gradients = _Gradients(x_NE, weight_VE, needs_x, needs_weight)
+    if not with_entropy:
+        numbers = tuple(n if len(n) else torch.zeros(len(x_NE), device=x_NE.device) for n in numbers)
+    for x, label, *pieces in _chunks(weight_VE, x_NE, labels_N, *numbers):
+        has_label, label = label >= 0, label.clamp_min(0)
+        x = torch.where(has_label[:, None], x, 0.0)
+        known = [torch.where(has_label, n, 0.0) for n in pieces]
+        gradients.add(x, _differentiate(x @ weight_VE.T, label, known, temperature, with_entropy))
+    return gradients.results()
+
+
+class _Gradients:
+    """Gradients of x, piece by piece, and of the weight, summed up in float32."""
+
+    def __init__(self, x_NE, weight_VE, needs_x: bool, needs_weight: bool) -> None:
+        self.x_NE, self.weight_VE, self.needs_x, self.needs_weight = x_NE, weight_VE, needs_x, needs_weight
+        self.of_x: list[torch.Tensor] = []
+        shape = weight_VE.shape if needs_weight else 0
+        self.of_weight = torch.zeros(shape, dtype=_precision(x_NE), device=x_NE.device)
+
+    def add(self, x, grad_logits) -> None:
+        if self.needs_x:
+            self.of_x.append(grad_logits @ self.weight_VE)
+        if self.needs_weight:
+            self.of_weight += grad_logits.T @ x
+
+    def results(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat(self.of_x) if self.of_x else self.x_NE.new_empty(0), self.of_weight.to(self.weight_VE.dtype)
+
+
+def _chunks(weight_VE, *tensors):
+    chunk = max(1, _CHUNK_ELEMENTS // weight_VE.shape[0])
+    return zip(*(t.split(chunk) for t in tensors), strict=True)
+
+
+def _precision(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ----------------------------------------------------------------------------------------- between the two products
+
+
+def _judge(logits_NV, labels_N, temperature: float, with_entropy: bool, grads_N=None):
+    """(log-probabilities of the labels, log-normalisers, entropies, gradients of the logits under `grads_N`)."""
+    if (native := _native(logits_NV)) is not None:
+        return native.judge(logits_NV, labels_N, temperature, with_entropy, grads_N)
+    logits = logits_NV.to(_precision(logits_NV)) / temperature
+    log_sums = logits.logsumexp(-1)
+    log_probs = logits.gather(1, labels_N[:, None])[:, 0] - log_sums
+    entropies, gradient = log_sums.new_empty(0), None
+    if with_entropy:  # not log Σ − Σ p · logit: where the model is sure, two large numbers would cancel
+        log_p = logits - log_sums[:, None]
+        entropies = -(log_p.exp() * log_p).sum(-1)
+    if grads_N is not None:
+        numbers = log_sums, entropies, grads_N, entropies
+        gradient = _differentiate(logits_NV, labels_N, numbers, temperature, False)
+    return log_probs, log_sums, entropies, gradient
+
+
+def _differentiate(logits_NV, labels_N, numbers: Numbers, temperature: float, with_entropy: bool):
+    """Gradients of the logits: d log p_label / d logits = label − p;  dH / d logits = −p (log p + H)."""
+    if (native := _native(logits_NV)) is not None:
+        return native.differentiate(logits_NV, labels_N, numbers, temperature, with_entropy)
+    log_sums_N, entropies_N, grads_N, entropy_grads_N = numbers
+    log_p = logits_NV.to(_precision(logits_NV)) / temperature - log_sums_N[:, None]
+    is_label = torch.arange(log_p.shape[1], device=log_p.device) == labels_N[:, None]
+    inner = grads_N[:, None]
+    if with_entropy:
+        inner = inner + entropy_grads_N[:, None] * (log_p + entropies_N[:, None])
+    gradient = is_label * grads_N[:, None] - log_p.exp() * inner
+    return (gradient / temperature).to(logits_NV.dtype)
+
+
+def _native(logits: torch.Tensor) -> _Native | None:
+    """The compiled code, if it computes in this precision and this machine can compile it."""
+    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    library = load_native(SOURCE)
+    return None if library is None else _Native(library)
+
+
+class _Judgement(ctypes.Structure):
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("N", "V", "is_bf16", "threads")),
+        ("labels", ctypes.c_void_p),
+        ("temperature", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("log_probs", "log_sums", "entropies", "grads", "entropy_grads")),
+    ]
+
+
+class _Native:
+    """The two calls of cross_entropy.cpp. They write gradients over the logits."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def judge(self, logits, labels, temperature: float, with_entropy: bool, grads=None):
+        log_probs, log_sums = torch.empty(2, len(labels))
+        entropies = torch.empty(len(labels) if with_entropy else 0)
+        numbers = {"log_probs": log_probs, "log_sums": log_sums, "grads": grads}
+        if with_entropy:
+            numbers["entropies"] = entropies
+        self._call(self._library.judge, logits, labels, temperature, numbers)
+        return log_probs, log_sums, entropies, logits
+
+    def differentiate(self, logits, labels, numbers: Numbers, temperature: float, with_entropy: bool):
+        names = ("log_sums", "entropies", "grads", "entropy_grads") if with_entropy else ("log_sums", "", "grads", "")
+        given = {name: n for name, n in zip(names, numbers, strict=True) if name}
+        self._call(self._library.differentiate, logits, labels, temperature, given)
+        return logits
+
+    def _call(self, function, logits, labels, temperature: float, numbers) -> None:
+        kept = {name: n.float().contiguous() for name, n in numbers.items() if n is not None}
+        labels = labels.contiguous()
+        assert logits.is_contiguous()
+        judgement = _Judgement(
+            logits=logits.data_ptr(),
+            N=logits.shape[0],
+            V=logits.shape[1],
+            is_bf16=logits.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+            labels=labels.data_ptr(),
+            temperature=temperature,
+            **{name: n.data_ptr() for name, n in kept.items()},
         )
+        function(ctypes.byref(judgement))
 
 
-def _log_prob_gradient(logits: torch.Tensor, log_z: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """d log softmax(logits)[label] / d logits: the one-hot label minus the softmax."""
-    is_label = torch.arange(logits.shape[1], device=logits.device) == label[:, None]
-    return is_label.to(logits.dtype) - (logits - log_z[:, None]).exp()
+# ------------------------------------------------------------------------------------------ operators for a CPU
+# The same on the tokens that have a label.
+
+
+def _among(N: int, chosen: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values` at the chosen ones of N positions, 0 at the others; empty ones stay so."""
+    if not values.numel() and len(chosen):
+        return values
+    return values.new_zeros(N, *values.shape[1:]).index_copy_(0, chosen, values)
+
+
+@torch.library.custom_op("minigpt::labelled_loss", mutates_args=(), device_types="cpu")
+def _labelled_loss(
+    x_NE: torch.Tensor,
+    weight_VE: torch.Tensor,
+    labels_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    chosen = ((labels_N >= 0) & (weights_N != 0)).nonzero()[:, 0]
+    arguments = x_NE[chosen], weight_VE, labels_N[chosen], weights_N[chosen]
+    loss, grad_x, grad_weight = _loss(*arguments, needs_x, needs_weight)
+    return loss, _among(len(x_NE), chosen, grad_x) if needs_x else grad_x, grad_weight
+
+
+@_labelled_loss.register_fake
+def _(x_NE, weight_VE, labels_N, weights_N, needs_x, needs_weight):
+    loss = x_NE.new_empty((), dtype=_precision(x_NE))
+    return (
+        loss,
+        x_NE.new_empty(x_NE.shape if needs_x else 0),
+        weight_VE.new_empty(weight_VE.shape if needs_weight else 0),
+    )
+
+
+@torch.library.custom_op("minigpt::labelled_log_probs", mutates_args=(), device_types="cpu")
+def _labelled_log_probs(
+    x_NE: torch.Tensor,
+    weight_VE: torch.Tensor,
+    labels_N: torch.Tensor,
+    temperature: float,
+    with_entropy: bool,
+    keeps_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    chosen = (labels_N >= 0).nonzero()[:, 0]
+    arguments = x_NE[chosen], weight_VE, labels_N[chosen], temperature, with_entropy, keeps_gradient
+    log_probs, entropies, log_sums, grad_x = _log_probs(*arguments)
+    N = len(x_NE)
+    return (
+        _among(N, chosen, log_probs),
+        _among(N, chosen, entropies) if with_entropy else entropies,
+        _among(N, chosen, log_sums),
+        _among(N, chosen, grad_x) if keeps_gradient else grad_x,
+    )
+
+
+@_labelled_log_probs.register_fake
+def _(x_NE, weight_VE, labels_N, temperature, with_entropy, keeps_gradient):
+    numbers = [
+        x_NE.new_empty(n, dtype=_precision(x_NE)) for n in (len(x_NE), len(x_NE) if with_entropy else 0, len(x_NE))
+    ]
+    return *numbers, x_NE.new_empty(x_NE.shape if keeps_gradient else 0)
+
+
+@torch.library.custom_op("minigpt::labelled_log_probs_backward", mutates_args=(), device_types="cpu")
+def _labelled_log_probs_backward(
+    x_NE: torch.Tensor,
+    weight_VE: torch.Tensor,
+    labels_N: torch.Tensor,
+    log_sums_N: torch.Tensor,
+    entropies_N: torch.Tensor,
+    grads_N: torch.Tensor,
+    entropy_grads_N: torch.Tensor,
+    temperature: float,
+    with_entropy: bool,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen = (labels_N >= 0).nonzero()[:, 0]
+    numbers = [n[chosen] if len(n) else n for n in (log_sums_N, entropies_N, grads_N, entropy_grads_N)]
+    options = temperature, with_entropy, needs_x, needs_weight
+    grad_x, grad_weight = _log_probs_backward(x_NE[chosen], weight_VE, labels_N[chosen], numbers, *options)
+    return _among(len(x_NE), chosen, grad_x) if needs_x else grad_x, grad_weight
+
+
+@_labelled_log_probs_backward.register_fake
+def _(
+    x_NE,
+    weight_VE,
+    labels_N,
+    log_sums_N,
+    entropies_N,
+    grads_N,
+    entropy_grads_N,
+    temperature,
+    with_entropy,
+    needs_x,
+    needs_weight,
+):
+    return x_NE.new_empty(x_NE.shape if needs_x else 0), weight_VE.new_empty(weight_VE.shape if needs_weight else 0)

@@ -26,6 +26,14 @@ static inline vec load(const bf16* from) {  // bfloat16 is the upper half of a f
     return (vec)(__builtin_convertvector(h, words) << 16);
 }
 
+// To the nearest, to even where two are; NaN stays NaN.
+static inline void store(bf16* to, vec v) {
+    words bits = (words)v;
+    bits = v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : words{} + 0x7fc0;
+    halves h = __builtin_convertvector(bits, halves);
+    std::memcpy(to, &h, sizeof h);
+}
+
 // COLUMNS weights of a panel. In bfloat16 weight i of the left half stands beside weight i of the right one.
 static inline void load_both(const float* from, vec& left, vec& right) { left = load(from), right = load(from + W); }
 static inline void load_both(const bf16* from, vec& left, vec& right) {
@@ -86,4 +94,35 @@ static inline void multiply(const float* x, int64_t stride, int64_t row, int64_t
         }
     }
     for (int r = 0; r < R; r++) use(row + r, sums[r][0], sums[r][1]);
+}
+
+static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+static inline float widened(float x) { return x; }
+static inline float widened(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+// D numbers of T, times a factor, as floats; and back.
+template <class T>
+static inline void read(const T* from, int64_t D, float factor, float* to) {
+    int64_t d = 0;
+    for (; d + W <= D; d += W) store(to + d, load(from + d) * factor);
+    for (; d < D; d++) to[d] = widened(from[d]) * factor;
+}
+
+template <class T>
+static inline void write(const float* from, int64_t D, float factor, T* to) {
+    int64_t d = 0;
+    for (; d + W <= D; d += W) store(to + d, load(from + d) * factor);
+    if (d < D) {
+        float rest[W] = {};
+        T narrow[W];
+        std::copy(from + d, from + D, rest);
+        store(narrow, load(rest) * factor);
+        std::copy(narrow, narrow + (D - d), to + d);
+    }
 }

@@ -11,10 +11,16 @@ from minigpt.model.cross_entropy import linear_cross_entropy, linear_log_probs, 
 N, E, V = 37, 16, 50
 
 
-@pytest.fixture(params=[V * 8, 1 << 23], ids=["8 rows a chunk", "one chunk"], autouse=True)
-def chunk_size(request, monkeypatch):
-    """Small chunks, the last of them not full, and all tokens at once: the same numbers."""
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", request.param)
+@pytest.fixture(params=["8 rows a chunk", "one chunk", "without a compiler", "as on a GPU"], autouse=True)
+def way(request, monkeypatch):
+    """Small chunks, the last of them not full, and all tokens at once; by torch alone; tokens without a label too."""
+    if request.param == "8 rows a chunk":
+        monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", V * 8)
+    if request.param == "without a compiler":
+        monkeypatch.setattr(cross_entropy, "load_native", lambda source: None)
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(cross_entropy, "_on_cpu", lambda x: False)
+        monkeypatch.setattr(cross_entropy, "load_native", lambda source: None)
 
 
 def example(dtype=torch.float64):
