@@ -232,7 +232,7 @@ def run_passes(options: Any, backward: bool) -> None:
     configure_torch(options, processes)
     data, stage = PackedDataset(options.data[0], "train"), DirectPreference(options)
     model = MiniGPT.from_pretrained(options.init)
-    backend = choose_backend(processes.device, data.seq_len, torch.bfloat16, options.compile)
+    backend = choose_backend(processes.device, data.seq_len, torch.bfloat16)
     model.attention_backend = backend
     module = StageModule(model, stage.loss)
     if backward:

@@ -70,7 +70,7 @@ def _ours(arguments: argparse.Namespace, data: Path) -> Callable[[], None]:
 
     processes, packed_rows = init_processes(), PackedDataset(data, "train")
     model = MiniGPT(MiniGPTConfig(**CONFIG_S))
-    model.attention_backend = choose_backend(processes.device, packed_rows.seq_len, torch.bfloat16, arguments.compile)
+    model.attention_backend = choose_backend(processes.device, packed_rows.seq_len, torch.bfloat16)
     module = StageModule(model, language_model_loss)
     engine = Engine(module, processes, dtype=torch.bfloat16, learning_rate=1e-3, compile=arguments.compile)
     batches = iter(BatchIterator(packed_rows, micro_batch_size=arguments.rows, global_batch_size=arguments.rows))

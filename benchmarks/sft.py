@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
     shape = {**CONFIG_S, "hidden_size": 64, "num_hidden_layers": 1} if arguments.smoke else CONFIG_S
     config = MiniGPTConfig(**{**shape, "max_position_embeddings": max(2048, data.seq_len)})
     model = MiniGPT(config)
-    model.attention_backend = choose_backend(processes.device, data.seq_len, torch.bfloat16, arguments.compile)
+    model.attention_backend = choose_backend(processes.device, data.seq_len, torch.bfloat16)
     module = StageModule(model, language_model_loss)
     engine = Engine(module, processes, dtype=torch.bfloat16, learning_rate=1e-3, compile=arguments.compile)
     if arguments.compile:

@@ -8,8 +8,6 @@ calls `attention`. How it is computed is decided here:
                CPU: document by document, in compiled code (attention.cpp) or by torch's flash kernel
     sdpa       anywhere; the default on a CPU without a C++ compiler up to 1,024 tokens a row, where one shared
                block-diagonal mask is cheaper than many small calls                                   [B, T, T]
-    blocks     the same inside a compiled graph: plain products of query blocks, which the compiler fuses with mask
-               and softmax                                                                            [B, T, T]
     reference  anywhere, slow: the formula itself, in any precision; the tests' yardstick
 
 Shapes: B rows, T queries, S keys, H query heads, G key/value heads (H a multiple of G), D head size, N = B*T.
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 from .native import load_native
 
 SOURCE = Path(__file__).with_name("attention.cpp")
-BACKENDS = ("varlen", "blocks", "sdpa", "reference")
+BACKENDS = ("varlen", "sdpa", "reference")
 _SDPA_MAX_TOKENS_ON_CPU = (
     1024  # beyond it the [B, T, T] mask is quadratic in T; a shared mask costs 7 % of a step at 256
 )
@@ -53,18 +51,13 @@ class AttentionPattern:
     max_seqlen: int = 0
 
 
-_QUERY_BLOCKS = 4
-
-
-def choose_backend(
-    device: torch.device | str, seq_len: int, dtype: torch.dtype = torch.bfloat16, compiled: bool = False
-) -> str:
+def choose_backend(device: torch.device | str, seq_len: int, dtype: torch.dtype = torch.bfloat16) -> str:
     """The fastest backend that trains packed rows of `seq_len` tokens on this device in this precision."""
     if torch.device(device).type == "cuda":
         return "varlen" if dtype in (torch.float16, torch.bfloat16) else "sdpa"  # flash kernels take no float32
     if seq_len > _SDPA_MAX_TOKENS_ON_CPU or _native(dtype) is not None:
         return "varlen"
-    return "blocks" if compiled and seq_len % _QUERY_BLOCKS == 0 else "sdpa"
+    return "sdpa"
 
 
 def packed_pattern(
@@ -140,9 +133,6 @@ def attention(q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, 
         return _varlen(q_BHTD, k_BGSD, v_BGSD, pattern)
     if pattern.backend == "reference":
         return _reference(q_BHTD, k_BGSD, v_BGSD, pattern.mask)
-    fits_blocks = pattern.backend == "blocks" and pattern.mask is not None and q_BHTD.shape[2] % _QUERY_BLOCKS == 0
-    if fits_blocks and torch.compiler.is_compiling():
-        return _blocks(q_BHTD, k_BGSD, v_BGSD, pattern.mask)
     is_causal = pattern.mask is None
     grouped = q_BHTD.shape[1] != k_BGSD.shape[1]
     return F.scaled_dot_product_attention(
@@ -157,26 +147,6 @@ def _reference(q_BHTD, k_BGSD, v_BGSD, mask):
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k_BGSD, v_BGSD))
     scores = q_BHTD @ k.transpose(-1, -2) * q_BHTD.shape[-1] ** -0.5
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
-
-
-def _blocks(q_BHTD, k_BGSD, v_BGSD, mask):
-    """Causal attention by query blocks: keys behind a block's end are never multiplied.
-
-    The query heads of a group are stacked as further rows of one product, so keys and values are not repeated.
-    """
-    B, H, T, D = q_BHTD.shape
-    G, L = k_BGSD.shape[1], T // _QUERY_BLOCKS
-    rows, scale, accumulate = H // G * L, D**-0.5, _accumulate_dtype(q_BHTD)
-    q_BGhTD = q_BHTD.reshape(B, G, H // G, T, D)
-    out = []
-    for start in range(0, T, L):
-        end = start + L
-        q = q_BGhTD[:, :, :, start:end].reshape(B, G, rows, D)
-        scores = (q @ k_BGSD[:, :, :end].mT).view(B, G, H // G, L, end).to(accumulate) * scale
-        scores = scores.masked_fill(~mask[:, None, :, start:end, :end], float("-inf"))
-        p = scores.softmax(-1).to(v_BGSD.dtype).view(B, G, rows, end)
-        out.append((p @ v_BGSD[:, :, :end]).view(B, G, H // G, L, D))
-    return torch.cat(out, dim=3).view(B, H, T, D)
 
 
 def _varlen(q_BHTD, k_BGSD, v_BGSD, pattern: AttentionPattern):

@@ -138,8 +138,9 @@ class Worker:
         passes = -(-rows * job.row_length // budget)
         return max(1, min(-(-rows // passes), budget // job.row_length))
 
-    def _backend(self, compiled: bool) -> str:
-        return choose_backend(self.device, self.job.row_length, self.dtype, compiled)
+    @property
+    def _backend(self) -> str:
+        return choose_backend(self.device, self.job.row_length, self.dtype)
 
     def _tensors(self, part: MicroBatch, network: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
         arrays = {name: part.arrays[name] for name in ("input_ids", "position_ids", "document_ids", *names)}
@@ -185,7 +186,7 @@ class TrainedWorker(Worker):
             config=o.deepspeed,
             compile=self._compiles(network),
         )
-        network.attention_backend = self._backend(self.engine.compiled)
+        network.attention_backend = self._backend
         network.model.gradient_checkpointing = o.gradient_checkpointing
 
     def describe(self) -> dict[str, Any]:
@@ -502,7 +503,7 @@ class ReferenceWorker(Worker):
         """Load the weights."""
         self._alone()
         self.network = load_masters(self.job.init).to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
-        self.network.attention_backend = self._backend(self._compiles(self.network))
+        self.network.attention_backend = self._backend
         self._forward = torch.compile(self._log_probs) if self._compiles(self.network) else self._log_probs
 
     def _log_probs(self, **tensors: torch.Tensor) -> torch.Tensor:

@@ -142,7 +142,7 @@ class Trainer:
             compile=compile_wanted(options, self.processes.device, run_flops),
         )
         self.network.attention_backend = options.attention_backend or choose_backend(
-            self.processes.device, self.data.seq_len, dtype, self.engine.compiled
+            self.processes.device, self.data.seq_len, dtype
         )
         self.network.model.gradient_checkpointing = options.gradient_checkpointing
         self.stage.before_training(self)

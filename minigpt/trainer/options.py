@@ -60,7 +60,7 @@ class TrainOptions:
         compile: torch.compile. None: where a C++ compiler (or a GPU) is there and the run is long enough to gain by it.
         deepspeed: A DeepSpeed JSON file, such as ds_configs/zero2.json. None: ZeRO stage 1.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
-        attention_backend: varlen, blocks, sdpa or reference; None: the fastest for the device.
+        attention_backend: varlen, sdpa or reference; None: the fastest for the device.
         seed: Of initialisation and data order.
         eval_interval: Steps between two validations; 0: only at the end.
         eval_rows: At most this many rows of the validation split.
@@ -110,7 +110,7 @@ class TrainOptions:
     compile: bool | None = None
     deepspeed: Path | None = None
     gradient_checkpointing: bool = False
-    attention_backend: Literal["varlen", "blocks", "sdpa", "reference"] | None = None
+    attention_backend: Literal["varlen", "sdpa", "reference"] | None = None
     seed: int = 0
     eval_interval: int = 0
     eval_rows: int = 64

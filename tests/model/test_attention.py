@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-import torch._dynamo.testing
 
 from minigpt.model.attention import (
     SOURCE,
@@ -18,7 +17,7 @@ from minigpt.model.attention import (
 )
 from minigpt.model.native import load_native
 
-BACKENDS = ("varlen", "varlen without a compiler", "blocks", "sdpa")
+BACKENDS = ("varlen", "varlen without a compiler", "sdpa")
 # Documents of two rows, in tokens: of one token, of many, and padding (-1) at the end of the second row.
 DOCUMENT_LENGTHS = ((5, 1, 18), (11, 6))
 T = 24
@@ -60,10 +59,7 @@ def output_and_gradients(compute, tensors):
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    """Query blocks are taken in compiled graphs only; here they run without the minutes that compiling takes."""
     name, _, restriction = request.param.partition(" without ")
-    if name == "blocks":
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     if restriction:
         without_compiler(monkeypatch)
     return name
@@ -123,17 +119,6 @@ def test_the_future_is_not_seen(backend):
     assert not torch.equal(before[:, :, 15:], after[:, :, 15:])
 
 
-def test_query_blocks_are_what_a_compiled_graph_computes():
-    """Otherwise the tests above would compare SDPA with itself; rows that blocks do not divide stay with SDPA."""
-    for row_length, products in ((24, 8), (22, 0)):
-        torch._dynamo.reset()
-        graphs = torch._dynamo.testing.EagerAndRecordGraphs()
-        pattern = packed_pattern(document_ids(((row_length,),), row_length), torch.float32, "blocks")
-        torch.compile(attention, backend=graphs)(*random_qkv(torch.float32, rows=1, row_length=row_length), pattern)
-        (graph,) = graphs.graphs
-        assert sum("matmul" in str(node.target) for node in graph.graph.nodes) == products
-
-
 def test_a_cache_shows_each_row_what_lies_up_to_its_own_position():
     """One new query a row at positions 3 and 20 of caches of 24: as the formula over the first 4 and 21 keys."""
     q, k, v = random_qkv(torch.float64)
@@ -166,12 +151,12 @@ def test_repeated_boundaries_at_the_end_are_empty_documents():
 def test_every_machine_takes_the_fastest_backend_that_it_has(monkeypatch):
     """Compiled code where it can be; else a mask in short rows, and no mask in long ones."""
     assert load_native(SOURCE) is not None, "the tests need a C++ compiler"
-    assert {choose_backend("cpu", T, compiled=c) for T in (256, 1024, 4096) for c in (True, False)} == {"varlen"}
+    assert {choose_backend("cpu", T, dtype) for T in (256, 4096) for dtype in (torch.float32, torch.bfloat16)} == {
+        "varlen"
+    }
     assert choose_backend("cpu", 1024, torch.float64) == "sdpa", "compiled code computes in float32"
     without_compiler(monkeypatch)
     assert choose_backend("cpu", 1024) == "sdpa"
-    assert choose_backend("cpu", 1024, compiled=True) == "blocks"
-    assert choose_backend("cpu", 1026, compiled=True) == "varlen"
     assert choose_backend("cpu", 1025) == "varlen"
     assert choose_backend("cuda", 256) == "varlen"
     assert choose_backend("cuda", 256, torch.float32) == "sdpa", "flash kernels take no float32"

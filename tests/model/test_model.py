@@ -17,13 +17,6 @@ V = 300
 DOCUMENTS = [11, 3, 17, 1, 9, 7]  # tokens of each
 
 
-@pytest.fixture(autouse=True)
-def blocks_outside_of_graphs(request, monkeypatch):
-    """Query blocks are taken in compiled graphs only; here they run without the minutes that compiling takes."""
-    if hasattr(request.node, "callspec") and request.node.callspec.params.get("backend") == "blocks":
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-
-
 def small_model(dtype=torch.float32, seed=0, **shape) -> MiniGPT:
     torch.manual_seed(seed)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, **shape}
@@ -86,7 +79,7 @@ def largest_difference(found, expected) -> tuple[float, float]:
     return float(loss), float(max(gradients))
 
 
-@pytest.mark.parametrize("backend", [None, "varlen", "blocks", "sdpa", "reference"])
+@pytest.mark.parametrize("backend", [None, "varlen", "sdpa", "reference"])
 @pytest.mark.parametrize("layout", [packed_batches, padded_batches])
 @pytest.mark.parametrize(
     ("dtype", "loss_tolerance", "gradient_tolerance"),
@@ -104,7 +97,7 @@ def test_packed_and_padded_rows_have_the_loss_and_gradient_of_documents_alone(
     assert gradient <= gradient_tolerance
 
 
-@pytest.mark.parametrize("backend", ["varlen", "blocks", "sdpa"])
+@pytest.mark.parametrize("backend", ["varlen", "sdpa"])
 @pytest.mark.parametrize("layout", [packed_batches, padded_batches])
 def test_bf16_is_as_near_to_float64_packed_as_alone(layout, backend):
     """Root mean square over ten models, so that luck in rounding one of them does not decide."""
@@ -119,7 +112,7 @@ def test_bf16_is_as_near_to_float64_packed_as_alone(layout, backend):
         assert error <= 1.5 * yardstick
 
 
-@pytest.mark.parametrize("backend", ["varlen", "blocks", "sdpa"])
+@pytest.mark.parametrize("backend", ["varlen", "sdpa"])
 def test_nothing_leaks_from_one_document_into_another(backend):
     """Document 0 of the row is replaced: logits of the others, and the gradients of a loss on them, keep every bit."""
     model = small_model(torch.float32)
