@@ -13,12 +13,21 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.generation.answer import ANSWER, THINKING, TOOL_CALL, AnswerStream, Part
 from minigpt.generation.text import REPLACEMENT, Decode, StopStrings, TextStream
-from minigpt.serve.worker import Token
+from minigpt.serve.worker import Piece
+
+
+class Token(NamedTuple):
+    """A token of an answer with its log-probability, and the most probable ones at its place."""
+
+    id: int
+    log_prob: float
+    top: Sequence[tuple[int, float]] = ()
+
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>")
 
@@ -27,6 +36,9 @@ def visible_decode(encoder: ChatEncoder) -> Decode:
     """ids → text without tags: what the engine looks for stop strings in, in a chat."""
     tags = {encoder.tokenizer.token_to_id(tag) for tag in TAGS}
     return lambda ids: encoder.decode([i for i in ids if i not in tags])
+
+
+_AS_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes one for each call
 
 
 class PlainStream:
@@ -78,15 +90,14 @@ class Choice:
         self._calls = ""
         self._log_probs: list[Token] = []
 
-    def push(self, tokens: Sequence[Token]) -> None:
+    def push(self, piece: Piece) -> None:
         """Takes the next tokens."""
-        ids = []
-        for token in tokens:
-            self.tokens += 1
-            if token.id not in self._stop_ids:
-                ids.append(token.id)
-                if self._wants_log_probs and token.log_prob is not None:
-                    self._log_probs.append(token)
+        self.tokens += len(piece.ids)
+        ids = [token for token in piece.ids if token not in self._stop_ids]
+        if self._wants_log_probs and piece.log_probs is not None:
+            tops: Sequence[Sequence[tuple[int, float]]] = piece.top or [()] * len(piece.ids)
+            drawn = zip(piece.ids, piece.log_probs, tops, strict=True)
+            self._log_probs += [Token(*one) for one in drawn if one[0] not in self._stop_ids]
         self._show(self.stream.extend(ids))
 
     def finish(self, reason: str) -> None:
@@ -237,7 +248,7 @@ class Envelope:
         if self._chat:
             content = [
                 {
-                    **self._listed(token.id, token.log_prob or 0.0),
+                    **self._listed(token.id, token.log_prob),
                     "top_logprobs": [self._listed(*one) for one in token.top],
                 }
                 for token in drawn
@@ -265,7 +276,7 @@ class Envelope:
 
 def event(record: dict[str, Any]) -> bytes:
     """A record as a server-sent event."""
-    return b"data: " + json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _AS_JSON(record).encode() + b"\n\n"
 
 
 def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, Any]:

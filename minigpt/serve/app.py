@@ -317,19 +317,22 @@ class _Run:
         for index in range(len(self.choices)):
             if greeting := envelope.greeting(index):
                 yield envelope.event(greeting)
+        open_jobs, last = len(self.jobs), b""
         try:
             async for changed, ended in self._progress():
                 make = envelope.ending if ended else envelope.pieces
                 chunks = [chunk for index in changed for chunk in make(index, self.choices[index])]
-                for chunk in chunks:
-                    yield envelope.event([chunk], self._usage() if running else None)
-                if not changed:
-                    yield b": still here\n\n"
+                part = b"".join(envelope.event([chunk], self._usage() if running else None) for chunk in chunks)
+                open_jobs -= ended
+                if not open_jobs:
+                    last = part
+                elif part or not changed:
+                    yield part or b": still here\n\n"
         except ApiError as error:  # the engine broke; the status line has been sent long ago
-            yield event(_error(error.status, error.message))
+            last = event(_error(error.status, error.message))
         if options and options.include_usage:
-            yield envelope.event([], self._usage())
-        yield b"data: [DONE]\n\n"
+            last += envelope.event([], self._usage())
+        yield last + b"data: [DONE]\n\n"
 
     async def _progress(self) -> AsyncIterator[tuple[list[int], bool]]:
         """Fills the choices; yields the numbers of those that changed, and whether they have ended."""
@@ -365,15 +368,14 @@ class _Run:
     async def _progress_of(self, number: int) -> AsyncIterator[tuple[list[int], bool]]:
         job, first, metrics = self.jobs[number], number * self.asked.n, self.served.metrics
         begun = False
-        async for tokens in job.batches():
-            if tokens and not begun:
+        async for pieces in job.batches():
+            if pieces and not begun:
                 begun = True
                 metrics.first_token.observe(time.perf_counter() - job.submitted)
-            metrics.new_tokens.inc(len(tokens))
-            changed = sorted({token.sample for token in tokens})
-            for sample in changed:
-                self.choices[first + sample].push([token for token in tokens if token.sample == sample])
-            yield [first + sample for sample in changed], False
+            for piece in pieces:
+                metrics.new_tokens.inc(len(piece.ids))
+                self.choices[first + piece.sample].push(piece)
+            yield sorted({first + piece.sample for piece in pieces}), False
         if job.finish_reasons is None:
             metrics.sequences.labels("cancelled").inc(job.n)
             return

@@ -2,10 +2,10 @@
 
 The main thread owns the engine, the event loop has a thread of its own. It must be this way round: OpenMP's threads
 stop spinning between two products once two threads of a process have used it, and a small model is then decoded at
-half its rate. Jobs and cancellations reach it through a queue between two steps, tokens go back to the
-event loop in batches. A token of a text that is already flowing waits a little for company, the longer the more texts
-flow, since a message with several tokens costs the server as much as a message with one, and while the event loop
-computes, the engine's thread can not. First and last tokens never wait.
+half its rate. Jobs and cancellations reach it through a queue between two steps; what is new goes back to the event
+loop now and then, that of all texts in one call. A token of a text that is already flowing waits a little for company,
+the longer the more texts flow, since a message with several tokens costs the server as much as a message with one, and
+while the event loop computes, the engine's thread can not. First and last tokens never wait.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,13 +31,13 @@ RETRY_AFTER_SECONDS = 1
 WAKE_SECONDS = 0.5
 
 
-class Token(NamedTuple):
-    """A new token of one sample; `log_prob` is None when nobody asked for it, `top` are the most probable ones."""
+class Piece(NamedTuple):
+    """New tokens of one sample, with their log-probabilities and the most probable tokens at their places if wanted."""
 
     sample: int
-    id: int
-    log_prob: float | None
-    top: Sequence[tuple[int, float]] = ()
+    ids: list[int]
+    log_probs: list[float] | None = None
+    top: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass(eq=False)
@@ -67,40 +67,59 @@ class Job:
     cancelled: bool = False
     error: Exception | None = None
     request: Request | None = None  # the engine thread's
-    started: bool = False  # the engine thread's
+    given: list[int] = field(default_factory=list)  # tokens of each sample that were sent; the engine thread's
     accepted: asyncio.Event = field(default_factory=asyncio.Event)
-    _tokens: list[Token] = field(default_factory=list)
+    _pieces: list[Piece] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: bool = False
 
-    async def batches(self) -> AsyncIterator[list[Token]]:
+    async def batches(self) -> AsyncIterator[list[Piece]]:
         """New tokens as they come; an empty list now and then while nothing comes, for a sign of life.
 
         Raises:
             ApiError: the engine broke.
         """
-        while not self.cancelled:
-            self._news.clear()
-            tokens, self._tokens = self._tokens, []
-            if tokens:
-                yield tokens
-            elif self._ended:
-                break
-            else:
-                try:
-                    async with asyncio.timeout(KEEP_ALIVE_SECONDS):
-                        await self._news.wait()
-                except TimeoutError:
-                    yield []
+        loop = asyncio.get_running_loop()
+        sign_of_life = loop.call_later(KEEP_ALIVE_SECONDS, self._news.set)  # one timer for all the tokens of 15 seconds
+        try:
+            while not self.cancelled:
+                self._news.clear()
+                pieces, self._pieces = self._pieces, []
+                if pieces:
+                    yield pieces
+                elif self._ended:
+                    break
+                else:
+                    if sign_of_life.when() <= loop.time():
+                        sign_of_life = loop.call_later(KEEP_ALIVE_SECONDS, self._news.set)
+                    await self._news.wait()
+                    if sign_of_life.when() <= loop.time() and not (self._pieces or self._ended or self.cancelled):
+                        yield []
+        finally:
+            sign_of_life.cancel()
         if self.error is not None:
             raise self.error
 
-    def take(self, tokens: list[Token], ended: bool) -> None:
+    def take(self, pieces: list[Piece], ended: bool) -> None:
         """News from the engine; on the event loop."""
-        self._tokens += tokens
+        self._pieces += pieces
         self._ended = self._ended or ended
         self.accepted.set()
         self._news.set()
+
+    def collect(self) -> list[Piece]:
+        """What the engine added since the last call; on the engine's thread."""
+        if self.request is None:
+            return []
+        pieces = []
+        for sample, completion in enumerate(self.request.completions):
+            start, end = self.given[sample], len(completion.ids)
+            if end > start:
+                log_probs = None if completion.log_probs is None else completion.log_probs[start:end]
+                top = None if completion.top_log_probs is None else completion.top_log_probs[start:end]
+                pieces.append(Piece(sample, completion.ids[start:end], log_probs, top))
+                self.given[sample] = end
+        return pieces
 
     def wake(self) -> None:
         """Lets `batches` see that the job was cancelled."""
@@ -130,8 +149,7 @@ class EngineWorker:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: set[Job] = set()  # the event loop's
         self._jobs: dict[Any, Job] = {}  # by the engine's request; the engine thread's, as all below
-        self._outbox: dict[Job, list[Token]] = {}
-        self._urgent: dict[Job, None] = {}
+        self._silent: set[Job] = set()  # of which nothing was sent yet
         self._delivered = 0.0
         self._loop: asyncio.AbstractEventLoop
 
@@ -195,12 +213,12 @@ class EngineWorker:
         job.wake()
         self._inbox.put(lambda: self._cancel(job))
 
-    def _deliver(self, news: list[tuple[Job, list[Token], bool]]) -> None:
-        for job, tokens, ended in news:
+    def _deliver(self, news: list[tuple[Job, list[Piece], bool]]) -> None:
+        for job, pieces, ended in news:
             if ended:
                 self.in_flight -= job.n
                 self._live.discard(job)
-            job.take(tokens, ended)
+            job.take(pieces, ended)
 
     # ------------------------------------------------------------------------------------------------- engine's thread
 
@@ -208,12 +226,13 @@ class EngineWorker:
         """Drives the engine until `stop`, or until it breaks."""
         try:
             while self._take_orders():
+                finished = []
                 for request in self.engine.step():
                     job = self._jobs.pop(request, None)
                     if job is not None:
                         job.finish_reasons = [completion.finish_reason for completion in request.completions]
-                        self._urgent[job] = None
-                self._flush()
+                        finished.append(job)
+                self._flush(finished)
         except Exception as error:
             self._crash(error)
 
@@ -234,23 +253,11 @@ class EngineWorker:
             self._send([(job, [], True)])
             return
 
-        def on_token(sample: int, token: int, log_prob: float | None) -> None:
-            top: Sequence[tuple[int, float]] = ()
-            if job.top_log_probs:
-                assert job.request is not None
-                listed = job.request.completions[sample].top_log_probs
-                top = listed[-1] if listed else ()
-            self._outbox.setdefault(job, []).append(Token(sample, token, log_prob, top))
-            if not job.started:
-                job.started = True
-                self._urgent[job] = None
-
         try:
             job.request = self.engine.submit(
                 job.prompt_ids,
                 job.params,
                 n=job.n,
-                on_token=on_token,
                 decode=job.decode,
                 log_probs=job.log_probs,
                 top_log_probs=job.top_log_probs,
@@ -259,30 +266,31 @@ class EngineWorker:
             job.error = error
             self._send([(job, [], True)])
             return
-        self._jobs[job.request] = job
+        self._jobs[job.request], job.given = job, [0] * job.n
+        self._silent.add(job)
         self._loop.call_soon_threadsafe(job.accepted.set)
 
     def _cancel(self, job: Job) -> None:
         if job.request is not None and job.request in self._jobs:
             del self._jobs[job.request]
-            self._outbox.pop(job, None)
-            self._urgent.pop(job, None)
+            self._silent.discard(job)
             self.engine.cancel(job.request)
             self._send([(job, [], True)])
 
-    def _flush(self) -> None:
-        """Sends what is urgent, and now and then everything."""
+    def _flush(self, finished: list[Job]) -> None:
+        """Sends what is urgent: first and last tokens; and now and then everything."""
         now = time.perf_counter()
         if now - self._delivered >= DELIVER_SECONDS + DELIVER_SECONDS_A_JOB * len(self._jobs):
-            chosen = {**self._outbox, **self._urgent}
-            self._delivered = now
+            chosen, self._delivered = list(self._jobs.values()), now
         else:
-            chosen = dict(self._urgent)  # type: ignore[arg-type]
-        if chosen:
-            self._send([(job, self._outbox.pop(job, []), job.finish_reasons is not None) for job in chosen])
-            self._urgent.clear()
+            chosen = [job for job in self._silent if job.finish_reasons is None]
+        news = [(job, job.collect(), True) for job in finished]
+        news += [(job, pieces, False) for job in chosen if (pieces := job.collect())]
+        self._silent.difference_update(job for job, _, _ in news)
+        if news:
+            self._send(news)
 
-    def _send(self, news: list[tuple[Job, list[Token], bool]]) -> None:
+    def _send(self, news: list[tuple[Job, list[Piece], bool]]) -> None:
         self._loop.call_soon_threadsafe(self._deliver, news)
 
     def _crash(self, error: Exception) -> None:
@@ -292,7 +300,7 @@ class EngineWorker:
         self.crashed = error
         for job in self._jobs.values():
             job.error = ApiError("the engine has broken down; the server's log says why", status=500)
-        self._send([(job, self._outbox.pop(job, []), True) for job in self._jobs.values()])
+        self._send([(job, job.collect(), True) for job in self._jobs.values()])
         self._jobs.clear()
         if self.on_crash is not None:
             self._loop.call_soon_threadsafe(self.on_crash)
