@@ -36,6 +36,9 @@ class Decoder:
         model: A MiniGPT, with or without LoRA layers, or another network on the same transformer; it is only read.
         max_length: Positions from 0 to this are computed.
         rows: Tokens that a step has as a rule.
+
+    Attributes:
+        places: Addresses of all that a step reads, but for weights in oneDNN's layout.
     """
 
     def __init__(self, model: DecoderModel, max_length: int, rows: int) -> None:
@@ -50,15 +53,17 @@ class Decoder:
         cos_T1D, sin_T1D = (x[0].transpose(0, 1) for x in model.model.rope(positions, self.dtype))
         # channel i + D/2 turns against channel i: with the sign in the sine, turning needs no negation
         self.cos_T1D, self.sin_T1D = torch.cat((cos_T1D, cos_T1D), -1), torch.cat((-sin_T1D, sin_T1D), -1)
+        self.layers: list[_Layer] = []
+        self.head: _Product | None = None
         self.refresh()
 
     @torch.inference_mode()
     def refresh(self) -> None:
-        """Read the weights of the model again, after they changed."""
+        """Read the weights of the model again, after they changed. Copies stay in their places where they can."""
         transformer, small = self.model.model, self.prepares
         self.embedding_VE = transformer.embed_tokens.weight.detach()
-        self.layers = []
-        for block in transformer.layers:
+        before, self.layers = self.layers, []
+        for number, block in enumerate(transformer.layers):
             attention, mlp = cast("Attention", block.self_attn), cast("FeedForward", block.mlp)
             heads = None
             if self.model.config.qk_norm:
@@ -68,20 +73,28 @@ class Decoder:
                         norm_weight(attention.k_norm).expand(self.num_kv_heads, -1),
                     )
                 )
-            self.layers.append(
-                _Layer(
-                    input_norm=norm_weight(block.input_layernorm),
-                    qkv=_Product((attention.q_proj, attention.k_proj, attention.v_proj), small, self.rows),
-                    head_norm=heads,
-                    out=_Product((attention.o_proj,), small, self.rows),
-                    mlp_norm=norm_weight(block.post_attention_layernorm),
-                    gate_up=_Product((mlp.gate_proj, mlp.up_proj), small, self.rows),
-                    down=_Product((mlp.down_proj,), small, self.rows),
-                )
+            layer = _Layer(
+                input_norm=norm_weight(block.input_layernorm),
+                qkv=_Product((attention.q_proj, attention.k_proj, attention.v_proj), small, self.rows),
+                head_norm=heads,
+                out=_Product((attention.o_proj,), small, self.rows),
+                mlp_norm=norm_weight(block.post_attention_layernorm),
+                gate_up=_Product((mlp.gate_proj, mlp.up_proj), small, self.rows),
+                down=_Product((mlp.down_proj,), small, self.rows),
             )
+            if before:
+                layer.settle(before[number])
+            self.layers.append(layer)
         self.final_norm = norm_weight(transformer.norm)
         head = getattr(self.model, "lm_head", None)
-        self.head = None if head is None else _Product((head,), small, self.rows)
+        if head is not None:
+            product = _Product((head,), small, self.rows)
+            if self.head is not None:
+                product.settle(self.head)
+            self.head = product
+        tensors = [self.embedding_VE, self.final_norm, *([] if self.head is None else self.head.tensors)]
+        tensors += [tensor for layer in self.layers for tensor in layer.tensors]
+        self.places = tuple(tensor.data_ptr() for tensor in tensors)
 
     def hidden(self, ids_N: torch.Tensor, positions_N: torch.Tensor, attend: Attend) -> torch.Tensor:
         """[N, E] behind the last norm."""
@@ -128,6 +141,22 @@ class _Layer:
         self.input_norm, self.qkv, self.head_norm, self.out = input_norm, qkv, head_norm, out
         self.mlp_norm, self.gate_up, self.down = mlp_norm, gate_up, down
 
+    @property
+    def products(self) -> tuple[_Product, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        norms = [self.input_norm, self.mlp_norm] + ([] if self.head_norm is None else [self.head_norm])
+        return norms + [tensor for product in self.products for tensor in product.tensors]
+
+    def settle(self, before: _Layer) -> None:
+        """Moves copies of weights to where those of `before` are."""
+        if self.head_norm is not None and before.head_norm is not None:
+            self.head_norm = before.head_norm.copy_(self.head_norm)
+        for product, old in zip(self.products, before.products, strict=True):
+            product.settle(old)
+
 
 class _Product:
     """x W^T + b, where W is several linear layers that read the same x, one above the other."""
@@ -140,9 +169,24 @@ class _Product:
         self._packed: torch.Tensor | None = None
         if prepare and len(weights) > 1:
             self._parts = [torch.cat(weights)]
+        originals = {layer.weight.data_ptr() for layer in layers}
+        self._copies = [part.data_ptr() not in originals for part in self._parts]
         if prepare and _packs(weights[0]):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self._parts[0].contiguous(), rows)
-            self._parts = []
+            self._parts, self._copies = [], []
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What a step reads, but for weights in oneDNN's layout."""
+        return self._parts + ([] if self._bias is None else [self._bias])
+
+    def settle(self, before: _Product) -> None:
+        """Moves copies of weights to where those of `before` are; weights that are the model's own stay there."""
+        for i, (new, old) in enumerate(zip(self._parts, before._parts, strict=True)):
+            if self._copies[i] and before._copies[i]:
+                self._parts[i] = old.copy_(new)
+        if self._bias is not None and before._bias is not None:
+            self._bias = before._bias.copy_(self._bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed is not None:

@@ -21,7 +21,6 @@ head size, L tokens of a row.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 
 from minigpt.generation.decoder import Attend, Decoder
+from minigpt.generation.graphs import StaticDecoder, attend_together, graphs_wanted
 from minigpt.generation.native import NativeDecoder, draws_of
 from minigpt.generation.prefix_cache import PrefixCache
 from minigpt.generation.sampling import SamplingParams, SamplingTensors, adjust, sample, uniforms
@@ -186,6 +186,9 @@ class Engine:
         batch_invariant: Compute every sequence in the same way whatever runs beside it. Slower.
         prefix_cache_tokens: So many tokens of earlier texts are kept for texts that begin like them; 0: none.
         prefill_chunk: About so many prompt tokens are read between two decode steps.
+        cuda_graphs: Decode in few fixed shapes, recorded on a GPU (`graphs.py`). None: on a GPU, unless
+            `batch_invariant` or the environment variable MINIGPT_CUDA_GRAPHS=0 forbid it. True on a CPU: the same
+            shapes without a recording, which is slower than the default there.
     """
 
     def __init__(
@@ -197,6 +200,7 @@ class Engine:
         batch_invariant: bool = False,
         prefix_cache_tokens: int = 8192,
         prefill_chunk: int = PREFILL_CHUNK,
+        cuda_graphs: bool | None = None,
     ) -> None:
         context = model.config.max_position_embeddings
         for name, value, least in (
@@ -212,7 +216,10 @@ class Engine:
         self.prefill_chunk, self.version = prefill_chunk, 0
         self.decoder = Decoder(model, self.max_length, slots)
         self.device = self.decoder.device
-        self._native = NativeDecoder(self.decoder, slots) if NativeDecoder.covers(self.decoder) else None
+        static = graphs_wanted(cuda_graphs, self.device, batch_invariant)
+        self._static = StaticDecoder(self.decoder, slots) if static else None
+        native = not static and NativeDecoder.covers(self.decoder)
+        self._native = NativeDecoder(self.decoder, slots) if native else None
         self._prefix = PrefixCache(prefix_cache_tokens, INVARIANT_CHUNK if batch_invariant else PREFIX_BLOCK)
         self._counters = EngineStats(slots)
         self._waiting: deque[_Sequence] = deque()
@@ -612,11 +619,14 @@ class Engine:
                 if decoding[row]:
                     ids[row] = sequence.ids[-1]
                     sequence.in_cache += 1
-        positions_B = torch.tensor(positions, device=self.device)
-        attend = (
-            self._attend_alone(positions) if self.batch_invariant else self._attend_together(positions_B, positions)
-        )
         self._counters.steps += 1
+        if self._static is not None:
+            return self._static.decode(ids, positions, self._cache)
+        positions_B = torch.tensor(positions, device=self.device)
+        if self.batch_invariant:
+            attend = self._attend_alone(positions)
+        else:
+            attend = attend_together(self._cache, positions_B, max(positions) + 1)
         return self.decoder.logits(self.decoder.hidden(torch.tensor(ids, device=self.device), positions_B, attend))
 
     def _decode_natively(self, native: NativeDecoder, decoding: list[bool]) -> torch.Tensor:
@@ -635,20 +645,6 @@ class Engine:
             native.decode(tokens, self._cache)
             self._counters.steps += 1
         return native.logits_BV[: self._used]
-
-    def _attend_together(self, positions_B: torch.Tensor, positions: list[int]) -> Attend:
-        """One call a layer over the part of the cache that any row uses."""
-        B, longest, kv = len(positions), max(positions) + 1, self._cache.kv
-        rows_B = torch.arange(B, device=self.device)
-        behind_BL = torch.arange(longest, device=self.device) > positions_B[:, None]
-        hidden_BL = torch.zeros(behind_BL.shape, dtype=kv.dtype, device=self.device).masked_fill_(behind_BL, -math.inf)
-
-        def attend(layer: int, q_BHD: torch.Tensor, kv_B2GD: torch.Tensor) -> torch.Tensor:
-            kv[layer][:, rows_B, :, positions_B] = kv_B2GD.to(kv.dtype)
-            k_BGLD, v_BGLD = kv[layer][:, :B, :, :longest]
-            return decode_attention(q_BHD.to(kv.dtype), k_BGLD, v_BGLD, hidden_BL).to(q_BHD.dtype)
-
-        return attend
 
     def _attend_alone(self, positions: list[int]) -> Attend:
         """Each row by itself over exactly its own tokens."""

@@ -103,14 +103,24 @@ def decode_attention(
     B, H, D = q_BHD.shape
     G = k_BGLD.shape[1]
     if q_BHD.device.type != "cpu":
-        bias = None if bias_BL is None else bias_BL[:, None, None]
-        out = F.scaled_dot_product_attention(q_BHD[:, :, None], k_BGLD, v_BGLD, attn_mask=bias, enable_gqa=H != G)
-        return out[:, :, 0]
+        return _grouped_queries(q_BHD, k_BGLD, v_BGLD, bias_BL)
     # On a CPU two products are faster than a flash kernel for one query; the heads of a group are rows of one product.
     scores = (q_BHD.view(B, G, H // G, D) * D**-0.5) @ k_BGLD.mT
     if bias_BL is not None:
         scores.add_(bias_BL[:, None, None])
     return (scores.softmax(-1) @ v_BGLD).view(B, H, D)
+
+
+def _grouped_queries(
+    q_BHD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, bias_BL: torch.Tensor | None
+) -> torch.Tensor:
+    """The same with SDPA: the query heads of a group are its queries, which all see the same, so that keys and values
+    are read once and need not be repeated."""
+    B, H, D = q_BHD.shape
+    G, L = k_BGLD.shape[1:3]
+    bias = None if bias_BL is None else bias_BL[:, None, None].expand(B, G, H // G, L)
+    out_BGhD = F.scaled_dot_product_attention(q_BHD.view(B, G, H // G, D), k_BGLD, v_BGLD, attn_mask=bias)
+    return out_BGhD.reshape(B, H, D)
 
 
 def boundaries(document_ids_BT: torch.Tensor) -> torch.Tensor:
