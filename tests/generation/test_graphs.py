@@ -132,6 +132,22 @@ def test_new_weights_are_written_where_the_old_ones_were_and_adapters_never_into
     assert torch.equal(found, expected)
 
 
+def test_an_adapter_that_comes_later_is_not_written_into_the_model(make_model):
+    model = make_model().double()
+    decoder = Decoder(model, 400, 2)
+    places = decoder.places
+    base = [p for p in model.parameters() if p.dim() > 1]
+    before = [p.detach().clone() for p in base]
+    apply_lora(model, rank=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    decoder.refresh()
+    assert all(torch.equal(*pair) for pair in zip(base, before, strict=True))
+    assert decoder.places != places, "so that recordings are made again"
+
+
 def test_recordings_are_forgotten_when_cache_or_weights_moved(make_model, monkeypatch):
     model = make_model().double()
     static = StaticDecoder(Decoder(model, 400, 2), 2)
