@@ -11,15 +11,15 @@ import hmac
 import re
 import secrets
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
-from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
 
 from minigpt.errors import UserError
 from minigpt.generation.answer import AnswerStream
@@ -47,6 +47,8 @@ PAGE_FILES = ("/", "/app.js", "/words.js", "/markdown.js", "/style.css", "/icon.
 OPEN_PATHS = ("/health", *PAGE_FILES)
 """What is shown without an API key: nothing but the page's files, and that the server lives."""
 API_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics")
+MODEL_PATH = "/v1/models/"
+"""What comes behind it is the model's name, which may hold slashes."""
 LOOPBACK_NAME = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -61,6 +63,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Route = tuple[str, Callable[[Request], Awaitable[Response]]]
 
 
 @dataclass
@@ -141,56 +144,47 @@ def make_app(served: Served) -> Door:
     """The ASGI application."""
     worker, metrics = served.worker, served.metrics
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.attach()
-        yield
-
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _our_fault)
-
-    @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         asked: ChatRequest = parse(ChatRequest, await _body(request))
         return await _answer(served, request, _ChatAnswer(served, asked))
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asked: CompletionRequest = parse(CompletionRequest, await _body(request))
         return await _answer(served, request, _TextAnswer(served, asked))
 
-    @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [served.model_record()]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        if name != served.name:
+    async def model(request: Request) -> Response:
+        if (name := request.scope["path"].removeprefix(MODEL_PATH)) != served.name:
             raise ApiError(
                 f"there is no model {_quoted(name)}: this server has {served.name}", status=404, code="model_not_found"
             )
         return JSONResponse(served.model_record())
 
-    @app.get("/health")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         well = worker.crashed is None
         return JSONResponse({"status": "ok" if well else "broken", "model": served.name}, 200 if well else 503)
 
-    @app.get("/metrics")
-    async def prometheus() -> Response:
+    async def prometheus(request: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     async def page_file(request: Request) -> Response:
-        return FileResponse(STATIC / (request.url.path.removeprefix("/") or "index.html"))
+        return FileResponse(STATIC / (request.scope["path"].removeprefix("/") or "index.html"))
 
-    for path in PAGE_FILES:
-        app.add_api_route(path, page_file)
+    routes: dict[str, Route] = {
+        "/v1/chat/completions": ("POST", chat),
+        "/v1/completions": ("POST", completions),
+        "/v1/models": ("GET", models),
+        MODEL_PATH: ("GET", model),
+        "/health": ("GET", health),
+        "/metrics": ("GET", prometheus),
+        **{path: ("GET", page_file) for path in PAGE_FILES},
+    }
     metrics.gauge("minigpt_slots", "Sequences that can be decoded together", lambda: worker.engine.slots)
     metrics.gauge("minigpt_slots_used", "Slots in use", lambda: worker.engine.stats.running)
     metrics.gauge("minigpt_sequences_in_flight", "Sequences being made or waiting", lambda: worker.in_flight)
-    return Door(app, served.options.api_key, metrics)
+    return Door(routes, served.options.api_key, metrics)
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -447,20 +441,10 @@ def _error(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(_error(error.status, error.message, error.param, error.code), error.status, error.headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    what = {404: "there is nothing at this address", 405: f"{request.method} is not possible here"}
-    message = what.get(error.status_code, str(error.detail))
-    return JSONResponse(_error(error.status_code, message), error.status_code, dict(error.headers or {}))
-
-
-async def _our_fault(request: Request, error: Exception) -> Response:
-    return JSONResponse(_error(500, "something went wrong in the server; its log says what"), 500)
+def _refused(error: ApiError) -> Response:
+    return JSONResponse(
+        _error(error.status, error.message, error.param, error.code), error.status, error.headers or None
+    )
 
 
 def _quoted(text: str) -> str:
@@ -468,19 +452,19 @@ def _quoted(text: str) -> str:
 
 
 class Door:
-    """What every request passes: who may come in, which headers go out, and the count of both.
+    """What every request passes: who may come in, what answers, which headers go out, and the count of all.
 
     Without an API key only names of this machine are accepted in the `Host` header, so that no web page can reach the
-    server through a name of its own that it lets point here (DNS rebinding).
+    server through a name of its own that it lets point here (DNS rebinding). There are so few paths that a framework's
+    layers cost more than what stands behind them.
     """
 
-    def __init__(self, app: FastAPI, api_key: str | None, metrics: Metrics) -> None:
-        self.app, self._key, self._metrics = app, api_key, metrics
+    def __init__(self, routes: dict[str, Route], api_key: str | None, metrics: Metrics) -> None:
+        self._routes, self._key, self._metrics = routes, api_key, metrics
         self._headers = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+        assert scope["type"] == "http"
 
         async def guarded(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -489,9 +473,27 @@ class Door:
                 self._metrics.responses.labels(path, str(message["status"])).inc()
             await send(message)
 
-        refusal = self._refusal(scope)
         with suppress(asyncio.CancelledError):  # the server is ending
-            await (refusal or self.app)(scope, receive, guarded)
+            response = self._refusal(scope) or await self._answer(Request(scope, receive))
+            await response(scope, receive, guarded)
+
+    async def _answer(self, request: Request) -> Response:
+        path = request.scope["path"]
+        route = self._routes.get(MODEL_PATH if path.startswith(MODEL_PATH) else path)
+        try:
+            if route is None:
+                raise ApiError("there is nothing at this address", status=404)
+            if request.method != route[0]:
+                method = request.method
+                raise ApiError(f"{method} is not possible here", status=405, headers={"Allow": route[0]})
+            return await route[1](request)
+        except ApiError as error:
+            return _refused(error)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody hears it
+        except Exception:
+            traceback.print_exc()
+            return JSONResponse(_error(500, "something went wrong in the server; its log says what"), 500)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = dict(scope["headers"])
