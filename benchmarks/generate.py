@@ -15,6 +15,12 @@ All contenders run interleaved (see `common.py`), in float32 and in bfloat16; wh
 texts of a case. `--invariant` adds ours with `batch_invariant`, `--torch` ours without the compiled step; `rl` has ours
 without log-probabilities too. The roofline of a decode step is printed with it: the bytes of weights and cache over the
 measured rate of reading memory, the arithmetic over the measured rate of a large product, and what is neither.
+
+    python benchmarks/generate.py --gpu [--presets 100m 1b] [--batches 1 64 256]
+
+One device instead: the larger presets in bfloat16, prompts of 32 tokens and 128 new ones, temperature 1, with and
+without CUDA graphs. The roofline is what the device must read for a step (weights once, and of the cache what is used
+half-way) over the rate at which it copies memory, measured in the same process.
 """
 
 from __future__ import annotations
@@ -199,10 +205,104 @@ def _median_ms(seconds: list[float]) -> float:
     return statistics.median(seconds) * 1e3
 
 
+# -------------------------------------------------------------------------------------------------------------- one GPU
+
+
+def on_device(presets: list[str], batches: list[int], smoke: bool) -> list[dict[str, Any]]:
+    """Decode steps of the larger presets, with and without CUDA graphs; a line each."""
+    import torch
+
+    from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+    from minigpt.trainer.options import PRESETS
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bandwidth = copy_bytes_per_second(device, 1 << 24 if smoke else 1 << 30)
+    lines = []
+    for preset in presets:
+        shape = SMOKE_SHAPE if smoke else {**PRESETS[preset], "vocab_size": CONFIG_S["vocab_size"]}
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = MiniGPT(MiniGPTConfig(**shape)).to(torch.bfloat16).eval()
+        for batch in batches:
+            for graphs in (False, True):
+                try:
+                    line = decode_rate(model, batch, graphs, new_tokens=8 if smoke else 128)
+                except torch.OutOfMemoryError as error:
+                    line = {"error": str(error).partition("\n")[0]}
+                lines.append({"preset": preset, "batch": batch, "cuda_graphs": graphs, **line})
+                if "bytes" in line:
+                    lines[-1]["of_roofline"] = line["bytes"] / bandwidth / line["seconds"]
+                    lines[-1]["bytes_per_second"] = bandwidth
+    return lines
+
+
+def decode_rate(model: Any, batch: int, graphs: bool, new_tokens: int, prompt_tokens: int = 32) -> dict[str, Any]:
+    """Tokens per second of whole steps, sampling included, and the bytes that such a step must read."""
+    from minigpt.generation.engine import Engine
+    from minigpt.generation.sampling import SamplingParams
+
+    engine = Engine(model, slots=batch, prefix_cache_tokens=0, cuda_graphs=graphs)
+    for i in range(batch):
+        engine.submit([1 + i] * prompt_tokens, SamplingParams(max_new_tokens=new_tokens, seed=i, **RL_SAMPLING))
+    times = []
+    while engine.has_work:
+        start = time.perf_counter()
+        engine.step()  # it ends with the drawn tokens on the host, so the device has done it
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[1:])  # the first reads prompts; the median is of no step that records
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cached = engine._cache.bytes() * (prompt_tokens + new_tokens // 2) // engine._cache.max_length
+    static = engine._static
+    recorded = len(static.recorded) if static is not None else 0
+    result = {"tokens_per_second": batch / seconds, "seconds": seconds, "bytes": weights + cached, "recorded": recorded}
+    return result | ({"refused": static.refused} if static is not None and static.refused else {})
+
+
+def copy_bytes_per_second(device: Any, size: int) -> float:
+    """Bytes that a copy of so large a block reads and writes in a second, the best of several."""
+    import torch
+
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    copy()
+    return 2 * size / min(_times(copy, repeat=10))
+
+
+def device_table(lines: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    rows = [
+        "| preset | batch | CUDA graphs | tokens/s | ms a step | of the roofline |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for line in lines:
+        graphs = "off" if not line["cuda_graphs"] else f"not recorded: {line['refused']}" if "refused" in line else "on"
+        cells = [line["preset"], f"{line['batch']}", graphs]
+        if "error" in line:
+            cells += [f"not measured: {line['error']}", "", ""]
+        else:
+            milliseconds = f"{1e3 * line['seconds']:.2f}"
+            cells += [f"{line['tokens_per_second']:,.0f}", milliseconds, f"{line['of_roofline']:.0%}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    measured = [line["bytes_per_second"] for line in lines if "bytes_per_second" in line]
+    if measured:
+        rows.append(f"\nThe device copies {measured[0] / 1e9:,.0f} GB/s.")
+    return "\n".join(rows)
+
+
 def main() -> None:
     arguments = _arguments()
     if arguments.contender:
         contender(*arguments.contender[:3], Path(arguments.contender[3]), arguments.smoke, arguments.threads)
+        return
+    if arguments.gpu:
+        lines = on_device(arguments.presets, arguments.batches, arguments.smoke)
+        publish("Generation on one device", {"steps": lines}, device_table(lines), arguments.json, arguments.markdown)
         return
     result: dict[str, Any] = {"settings": {"threads": arguments.threads, **SAMPLING}, "cases": {}}
     tables = []
@@ -236,11 +336,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--invariant", action="store_true", help="also measure ours with batch_invariant")
     parser.add_argument("--torch", action="store_true", help="also measure ours without the compiled step")
+    parser.add_argument("--gpu", action="store_true", help="decode steps of the larger presets on one device instead")
+    parser.add_argument("--presets", nargs="+", default=["100m", "1b"], help="with --gpu")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 256], help="with --gpu")
     parser.add_argument("--contender", nargs=4, help=argparse.SUPPRESS)
     output_arguments(parser)
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.rounds, arguments.precisions = 1, ["fp32"]
+        arguments.presets, arguments.batches = ["100m"], [1, 3]
     return arguments
 
 

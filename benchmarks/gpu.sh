@@ -62,6 +62,7 @@ bench train 40 --rounds 3 --steps 20 --peers bf16
 bench sft 50 --rounds 3 --bucket_multiple 128
 bench lora 40 --rounds 2
 bench dpo 40 --rounds 2
+run generate_gpu 60 "$python" benchmarks/generate.py --gpu --json "$out/generate_gpu.json" --markdown "$report" "${smoke[@]}"
 bench generate 45 --rounds 2
 bench serve 30
 bench grpo 45 --rounds 1 --peers

@@ -3,7 +3,9 @@
 The model is config S with random weights. Server and bare engine are processes of their own that are never busy at the
 same time; rounds alternate between them. A client streams one answer after the other, each to its full length.
 The bare engine is the server's upper limit: the same engine, slots, prompts, parameters and number of requests that
-are under way at a time, without HTTP, JSON, text and another thread.
+are under way at a time, without HTTP, JSON, text and another thread. It has all cores, while the server shares them
+with the clients; `possible` is the share that a server which costs nothing would reach beside clients that take the
+processor time that these took: engine seconds / (engine seconds + clients' seconds / cores).
 
 Latencies are the clients': from the request's first byte to its first event with text.
 """
@@ -138,9 +140,11 @@ async def crowd(port: int, clients: int, requests: int, new_tokens: int) -> dict
             first.append(a)
             whole.append(b)
 
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(client() for _ in range(clients)))
-    return {"seconds": time.perf_counter() - begin, "tokens": requests * new_tokens, "first": first, "whole": whole}
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
+    tokens = requests * new_tokens
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": tokens, "first": first, "whole": whole}
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -174,6 +178,10 @@ def measure(run: Path, counts: list[int], rounds: int, per_client: int, new_toke
                     served, engine = [], []
             rates = [r["tokens"] / r["seconds"] for r in served]
             limits = [r["tokens"] / r["seconds"] for r in engine]
+            cores = len(os.sched_getaffinity(0))
+            possible = [
+                e["seconds"] / (e["seconds"] + s["cpu_seconds"] / cores) for s, e in zip(served, engine, strict=True)
+            ]
             first = [1000 * value for r in served for value in r["first"]]
             whole = [1000 * value for r in served for value in r["whole"]]
             results.append(
@@ -182,6 +190,7 @@ def measure(run: Path, counts: list[int], rounds: int, per_client: int, new_toke
                     "tokens_per_second": common.spread(rates),
                     "engine_tokens_per_second": common.spread(limits),
                     "share_of_engine": common.spread([a / b for a, b in zip(rates, limits, strict=True)]),
+                    "possible_share": common.spread(possible),
                     "first_token_ms": {"p50": statistics.median(first), "p99": percentile(first, 0.99)},
                     "answer_ms": {"p50": statistics.median(whole), "p99": percentile(whole, 0.99)},
                 }
@@ -193,14 +202,15 @@ def measure(run: Path, counts: list[int], rounds: int, per_client: int, new_toke
 def table_of(results: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| clients | tokens/s | bare engine | server / engine | first token p50 | p99 | answer p50 | p99 |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| clients | tokens/s | bare engine | server / engine | possible | first token p50 | p99 | answer p50 | p99 |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
         share = r["share_of_engine"]
         cells = [f"{r['clients']}", f"{r['tokens_per_second']['median']:,.0f}"]
         cells.append(f"{r['engine_tokens_per_second']['median']:,.0f}")
         cells.append(f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})")
+        cells.append(f"{r['possible_share']['median']:.2f}")
         cells += [f"{r[kind][p]:,.0f} ms" for kind in ("first_token_ms", "answer_ms") for p in ("p50", "p99")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

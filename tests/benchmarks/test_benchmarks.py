@@ -9,6 +9,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import generate
 import numpy as np
 import peer_hf
 import presets
@@ -134,6 +135,22 @@ def test_the_shares_of_a_profile_add_up():
     assert text.splitlines()[-1].split() == ["3.00", "aten::mm"]
 
 
+def test_decode_steps_of_a_device_are_measured_with_and_without_fixed_shapes():
+    lines = generate.on_device(["100m"], [1, 3], smoke=True)
+    assert [(line["batch"], line["cuda_graphs"]) for line in lines] == [(1, False), (1, True), (3, False), (3, True)]
+    for line in lines:
+        assert line["tokens_per_second"] == pytest.approx(line["batch"] / line["seconds"])
+        assert line["of_roofline"] > 0
+        assert ("refused" in line) == (line["cuda_graphs"] and not torch.cuda.is_available())
+    assert lines[2]["bytes"] - lines[0]["bytes"] == 2 * (lines[0]["bytes"] - weights_of(generate.SMOKE_SHAPE))
+    assert "GB/s" in generate.device_table(lines)
+
+
+def weights_of(shape: dict[str, int]) -> int:
+    """Bytes in bfloat16."""
+    return 2 * MiniGPT(MiniGPTConfig(**shape)).num_parameters()
+
+
 @pytest.mark.slow
 def test_one_command_runs_every_benchmark(tmp_path):
     script = str(REPOSITORY / "benchmarks" / "gpu.sh")
@@ -142,5 +159,5 @@ def test_one_command_runs_every_benchmark(tmp_path):
     assert ended.returncode == 0, ended.stdout + report
     for title in ("Tests marked gpu", "Presets on one device", "Start-up", "Training", "Fine-tuning"):
         assert f"## {title}" in report
-    for name in ("presets", "startup", "train", "sft", "packing"):
+    for name in ("presets", "startup", "train", "sft", "packing", "generate_gpu"):
         assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
