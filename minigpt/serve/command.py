@@ -16,7 +16,7 @@ from minigpt.generation.command import thinking_switch
 
 DRAIN_SECONDS = 10
 # The engine's thread gets Python back so soon from the event loop. A prompt is some 150 operators, after each of which
-# it asks for it; with 0.5 ms the first step of 32 prompts took 40 ms while the event loop was at work.
+# it asks for it: with 0.5 ms the step that read the prompts of a crowd took 33 to 41 ms, a decode step 2.4 (measured).
 SWITCH_SECONDS = 0.0001
 
 
