@@ -11,15 +11,15 @@ import hmac
 import re
 import secrets
 import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from minigpt.errors import UserError
 from minigpt.generation.answer import AnswerStream
@@ -47,8 +47,6 @@ PAGE_FILES = ("/", "/app.js", "/words.js", "/markdown.js", "/style.css", "/icon.
 OPEN_PATHS = ("/health", *PAGE_FILES)
 """What is shown without an API key: nothing but the page's files, and that the server lives."""
 API_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics")
-MODEL_PATH = "/v1/models/"
-"""What comes behind it is the model's name, which may hold slashes."""
 LOOPBACK_NAME = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -63,7 +61,6 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Route = tuple[str, Callable[[Request], Awaitable[Response]]]
 
 
 @dataclass
@@ -144,6 +141,11 @@ def make_app(served: Served) -> Door:
     """The ASGI application."""
     worker, metrics = served.worker, served.metrics
 
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _our_fault)
+
     async def chat(request: Request) -> Response:
         asked: ChatRequest = parse(ChatRequest, await _body(request))
         return await _answer(served, request, _ChatAnswer(served, asked))
@@ -156,7 +158,7 @@ def make_app(served: Served) -> Door:
         return JSONResponse({"object": "list", "data": [served.model_record()]})
 
     async def model(request: Request) -> Response:
-        if (name := request.scope["path"].removeprefix(MODEL_PATH)) != served.name:
+        if (name := request.path_params["name"]) != served.name:
             raise ApiError(
                 f"there is no model {_quoted(name)}: this server has {served.name}", status=404, code="model_not_found"
             )
@@ -170,21 +172,18 @@ def make_app(served: Served) -> Door:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     async def page_file(request: Request) -> Response:
-        return FileResponse(STATIC / (request.scope["path"].removeprefix("/") or "index.html"))
+        return FileResponse(STATIC / (request.url.path.removeprefix("/") or "index.html"))
 
-    routes: dict[str, Route] = {
-        "/v1/chat/completions": ("POST", chat),
-        "/v1/completions": ("POST", completions),
-        "/v1/models": ("GET", models),
-        MODEL_PATH: ("GET", model),
-        "/health": ("GET", health),
-        "/metrics": ("GET", prometheus),
-        **{path: ("GET", page_file) for path in PAGE_FILES},
-    }
+    # Plain routes: a request's body is read and checked by `parse`, so FastAPI need not look into signatures
+    for path, answer in (("/v1/chat/completions", chat), ("/v1/completions", completions)):
+        app.add_route(path, answer, methods=["POST"])
+    asked_for = {"/v1/models": models, "/v1/models/{name:path}": model, "/health": health, "/metrics": prometheus}
+    for path, answer in (asked_for | dict.fromkeys(PAGE_FILES, page_file)).items():
+        app.add_route(path, answer, methods=["GET"])
     metrics.gauge("minigpt_slots", "Sequences that can be decoded together", lambda: worker.engine.slots)
     metrics.gauge("minigpt_slots_used", "Slots in use", lambda: worker.engine.stats.running)
     metrics.gauge("minigpt_sequences_in_flight", "Sequences being made or waiting", lambda: worker.in_flight)
-    return Door(routes, served.options.api_key, metrics)
+    return Door(app, served.options.api_key, metrics)
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -441,10 +440,20 @@ def _error(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _refused(error: ApiError) -> Response:
-    return JSONResponse(
-        _error(error.status, error.message, error.param, error.code), error.status, error.headers or None
-    )
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(_error(error.status, error.message, error.param, error.code), error.status, error.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {404: "there is nothing at this address", 405: f"{request.method} is not possible here"}
+    message = what.get(error.status_code, str(error.detail))
+    return JSONResponse(_error(error.status_code, message), error.status_code, dict(error.headers or {}))
+
+
+async def _our_fault(request: Request, error: Exception) -> Response:
+    return JSONResponse(_error(500, "something went wrong in the server; its log says what"), 500)
 
 
 def _quoted(text: str) -> str:
@@ -452,19 +461,19 @@ def _quoted(text: str) -> str:
 
 
 class Door:
-    """What every request passes: who may come in, what answers, which headers go out, and the count of all.
+    """What every request passes: who may come in, which headers go out, and the count of both.
 
     Without an API key only names of this machine are accepted in the `Host` header, so that no web page can reach the
-    server through a name of its own that it lets point here (DNS rebinding). There are so few paths that a framework's
-    layers cost more than what stands behind them.
+    server through a name of its own that it lets point here (DNS rebinding).
     """
 
-    def __init__(self, routes: dict[str, Route], api_key: str | None, metrics: Metrics) -> None:
-        self._routes, self._key, self._metrics = routes, api_key, metrics
+    def __init__(self, app: FastAPI, api_key: str | None, metrics: Metrics) -> None:
+        self.app, self._key, self._metrics = app, api_key, metrics
         self._headers = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        assert scope["type"] == "http"
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
 
         async def guarded(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -473,27 +482,9 @@ class Door:
                 self._metrics.responses.labels(path, str(message["status"])).inc()
             await send(message)
 
+        refusal = self._refusal(scope)
         with suppress(asyncio.CancelledError):  # the server is ending
-            response = self._refusal(scope) or await self._answer(Request(scope, receive))
-            await response(scope, receive, guarded)
-
-    async def _answer(self, request: Request) -> Response:
-        path = request.scope["path"]
-        route = self._routes.get(MODEL_PATH if path.startswith(MODEL_PATH) else path)
-        try:
-            if route is None:
-                raise ApiError("there is nothing at this address", status=404)
-            if request.method != route[0]:
-                method = request.method
-                raise ApiError(f"{method} is not possible here", status=405, headers={"Allow": route[0]})
-            return await route[1](request)
-        except ApiError as error:
-            return _refused(error)
-        except ClientDisconnect:
-            return Response(status_code=400)  # nobody hears it
-        except Exception:
-            traceback.print_exc()
-            return JSONResponse(_error(500, "something went wrong in the server; its log says what"), 500)
+            await (refusal or self.app)(scope, receive, guarded)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = dict(scope["headers"])
