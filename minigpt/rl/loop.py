@@ -36,7 +36,9 @@ class Position:
 
     Attributes:
         step: Steps done; also the version of the weights.
-        prompts: Prompts asked so far, those of answers that are under way not counted.
+        prompts: Prompts asked so far.
+        under_way: Number of the first prompt of the answers that are under way for the next step (`overlap`); a
+            resumed run asks them again. None: nothing is.
         kl_coefficient: It moves when `kl_target` says so.
         tokens: Answer tokens trained on.
         seconds: Of all steps.
@@ -46,6 +48,7 @@ class Position:
 
     step: int = 0
     prompts: int = 0
+    under_way: int | None = None
     kl_coefficient: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
@@ -103,7 +106,6 @@ class Loop:
             seed=options.seed,
         )
         self._coming: Sampling | None = None
-        self._coming_from = 0
 
     # ---------------------------------------------------------------------------------------------------- one step
 
@@ -112,9 +114,11 @@ class Loop:
         o, position, roles = self.options, self.position, self.roles
         started = time.perf_counter()
         roles.clock.clear()
-        batch = roles.collect(self._coming or self._ask(o.prompts_per_step))
-        self._coming_from = position.prompts
-        self._coming = self._ask(o.prompts_per_step) if o.overlap and position.step + 1 < o.max_steps else None
+        batch = roles.collect(self._coming or self._ask(o.prompts_per_step, position.under_way))
+        self._coming = position.under_way = None
+        if o.overlap and position.step + 1 < o.max_steps:
+            position.under_way = position.prompts
+            self._coming = self._ask(o.prompts_per_step)
         experience = self._fill_up(self._judge(batch))
         metrics = self._learn(experience)
         position.step += 1
@@ -124,16 +128,12 @@ class Loop:
         position.seconds += seconds
         return {**experience.metrics, **metrics, **self._times(seconds, experience.batch)}
 
-    @property
-    def next_prompt(self) -> int:
-        """Where a resumed run goes on asking: what is under way for the next step is asked again."""
-        return self.position.prompts if self._coming is None else self._coming_from
-
-    def _ask(self, count: int) -> Sampling:
+    def _ask(self, count: int, first: int | None = None) -> Sampling:
+        """Begin to answer the next prompts, or once more those from number `first` on."""
         o, position = self.options, self.position
-        request = self.prompts.request(position.prompts, count, o.samples_per_prompt, self.sampling, position.step)
-        position.prompts += count
-        return self.roles.sample(request)
+        first = position.prompts if first is None else first
+        position.prompts = max(position.prompts, first + count)
+        return self.roles.sample(self.prompts.request(first, count, o.samples_per_prompt, self.sampling, position.step))
 
     def _judge(self, batch: RolloutBatch) -> Experience:
         """Rewards of the answers: rules, the reward model, the punishment of length."""

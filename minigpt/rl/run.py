@@ -201,7 +201,7 @@ class _Attempt:
     def _save(self, roles: Roles, position: Position) -> None:
         state = {
             "step": position.step,
-            "position": {**asdict(position), "prompts": self.loop.next_prompt},
+            "position": asdict(position),
             **self.run.identity(self.data, self.network),
             **self._engine_identity(),
         }

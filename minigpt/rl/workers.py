@@ -214,9 +214,10 @@ class TrainedWorker(Worker):
         """The batch cut into optimizer steps, ranks and passes, always in the same way.
 
         Every rank makes equally many passes, empty ones at the end if need be: under ZeRO they communicate in each.
+        Of fewer sequences than `minibatches` each is a step of its own: one on nothing would be the momentum's.
         """
         found = []
-        for chosen in np.array_split(np.arange(len(batch)), self.job.options.minibatches):
+        for chosen in np.array_split(np.arange(len(batch)), min(self.job.options.minibatches, len(batch))):
             lengths = batch.lengths[chosen]
             parts = [chosen[part] for part in partition(lengths, self.world_size)]
             rows = [len(pack_rows(batch.lengths[part], self.job.row_length)) for part in parts]

@@ -13,10 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny_rl import metrics_of, write_run
+from tiny_rl import metrics_of, pack_prompts, write_run
 
-from data_prep.microworld import MicroWorldOptions, write_microworld
-from data_prep.pack import PackOptions, pack
 from minigpt import cli
 from minigpt.rl import algorithms
 
@@ -40,13 +38,7 @@ def world(tmp_path_factory) -> Path:
     """A random model, prompts packed for it, and a file of rewards."""
     root = tmp_path_factory.mktemp("world")
     write_run(root / "sft")
-    prompts = write_microworld(root / "microworld", MicroWorldOptions(seed=0, size="tiny"))["prompt"]
-    (root / "prompt.jsonl").write_bytes(prompts.read_bytes())
-    pack(
-        PackOptions(
-            stage="prompt", input=[prompts], output=root / "prompts", seq_len=64, workers=1, valid_fraction=0.05
-        )
-    )
+    pack_prompts(root)
     (root / "rewards.py").write_text(REWARDS)
     return root
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import ray
 import torch
 from torch import nn
 
+from data_prep.microworld import MicroWorldOptions, write_microworld
+from data_prep.pack import PackOptions, pack
 from minigpt.generation.sampling import SamplingParams
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 from minigpt.rl.batch import RolloutBatch
@@ -54,6 +60,16 @@ def write_run(folder: Path, sharpness: float = 1.0, tied: bool = True) -> Path:
         dtype="fp32",
     )
     return folder
+
+
+def pack_prompts(root: Path) -> Path:
+    """The micro-world's prompts, packed."""
+    prompts = write_microworld(root / "microworld", MicroWorldOptions(seed=0, size="tiny"))["prompt"]
+    options = PackOptions(
+        stage="prompt", input=[prompts], output=root / "prompts", seq_len=64, workers=1, valid_fraction=0.05
+    )
+    pack(options)
+    return options.output
 
 
 def make_job(init: Path, name: str = "grpo", row_length: int = 64, **options: Any) -> Job:
@@ -121,3 +137,73 @@ def metrics_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of a kind in metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+# --------------------------------------------------------------------------------------- workers without their actors
+
+
+def arrays_in(value: Any) -> Iterator[np.ndarray]:
+    """Every array in arguments: batches, requests, published weights in the object store, dictionaries."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, ray.ObjectRef):
+        yield from arrays_in(ray.get(value))
+    elif isinstance(value, dict):
+        yield from arrays_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from arrays_in(one)
+    elif is_dataclass(value):
+        for one in fields(value):
+            yield from arrays_in(getattr(value, one.name))
+
+
+def fingerprint(value: Any) -> list[str]:
+    """A hash of every array in it."""
+    return [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays_in(value)]
+
+
+@dataclass
+class Call:
+    """What a worker was asked, and what it returned."""
+
+    role: str
+    method: str
+    arguments: list[Any]
+    value: Any
+
+
+class InlineGroup:
+    """A `WorkerGroup` of one worker that lives in this process, without an actor around it. What goes in and out passes
+    through Ray's object store as ever, and what a worker is handed must be unchanged when it is done."""
+
+    calls: ClassVar[list[Call]] = []
+
+    def __init__(
+        self, worker: type, role: str, layout: Any, needed: Any, placement: Any, arguments: Any, timeout: Any
+    ) -> None:
+        self.role, self.worker = role, worker(0, 1, 1, *arguments)
+
+    def __len__(self) -> int:
+        return 1
+
+    def one(self, rank: int, method: str, *arguments: Any) -> ray.ObjectRef:
+        # an actor gets what stands alone in its arguments as a value, and its own copy of everything
+        given = [ray.get(a if isinstance(a, ray.ObjectRef) else ray.put(a)) for a in arguments]
+        before = fingerprint(given)
+        result = getattr(self.worker, method)(*given)
+        assert fingerprint(given) == before, f"{self.role}.{method} wrote into what it was handed"
+        self.calls.append(Call(self.role, method, given, getattr(result, "value", result)))
+        return ray.put(result)
+
+    def all(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
+        return [self.one(0, method, *arguments)]
+
+    def wait(self, references: Sequence[ray.ObjectRef], what: str) -> list[Any]:
+        return ray.get(list(references))
+
+    def result(self, reference: ray.ObjectRef, rank: int, what: str) -> Any:
+        return ray.get(reference)
+
+    def kill(self) -> None:
+        """It ends with its last reference."""
