@@ -281,7 +281,7 @@ class Loop:
         o, position, answers = self.options, self.position, len(batch)
         if "kl_per_answer" not in metrics and "kl" in metrics:
             metrics["kl_per_answer"] = metrics["kl"] * len(batch.behaviour_log_probs) / answers
-        if o.kl_target is not None and "kl_per_answer" in metrics:
+        if o.kl_target is not None and math.isfinite(metrics.get("kl_per_answer", math.nan)):
             controller = algorithms.AdaptiveKL(position.kl_coefficient, o.kl_target)
             position.kl_coefficient = controller.update(metrics["kl_per_answer"], answers)
         if o.kl_coefficient:

@@ -157,7 +157,10 @@ class _Attempt:
             checkpoint.verify(critic)
         roles.load(folder, critic)
         self.run.say(f"resuming from {folder} at step {state['step']} of {o.max_steps}")
-        return Position(**state["position"])
+        position = Position(**state["position"])
+        if o.kl_target is None:  # nothing adapts it: the option counts, which may be another one now
+            position.kl_coefficient = o.kl_coefficient
+        return position
 
     def _engine_identity(self) -> dict[str, Any]:
         policy = self.facts["policy"]

@@ -5,16 +5,16 @@ import copy
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_rewards
 import torch
-from tiny_rl import STOP_IDS, InlineGroup, make_job, pack_prompts, write_run
+from tiny_rl import STOP_IDS, Call, InlineGroup, make_job, pack_prompts, plain_forward, write_run
 
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import PackedDataset
-from minigpt.errors import UserError
 from minigpt.rl import cluster
 from minigpt.rl.batch import RolloutBatch
 from minigpt.rl.loop import Loop, Position
@@ -22,6 +22,7 @@ from minigpt.rl.options import PPOOptions
 from minigpt.rl.prompts import PromptSource
 from minigpt.rl.reward_pool import RewardPool
 from minigpt.rl.roles import Roles
+from minigpt.trainer.setup import load_masters
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +48,7 @@ def our_ray():
 @pytest.fixture(scope="module")
 def pools():
     """One process for each reward."""
-    made = {name: RewardPool([f"{REWARDS}:{name}"]) for name in ("sometimes", "never")}
+    made = {name: RewardPool([f"{REWARDS}:{name}"]) for name in ("sometimes", "never", "letters")}
     yield made
     for pool in made.values():
         pool.close()
@@ -63,33 +64,37 @@ class Run:
             PackedDataset(world / "prompts"), ChatEncoder(world / "sft" / "hf"), None, job.options.seed, 100
         )
         job = replace(job, longest=self.source.longest + 6)
-        InlineGroup.calls = self.calls = []
         self.roles = Roles(job, print)
         self.roles.setup()
         position = position or Position(kl_coefficient=job.options.kl_coefficient)
         self.roles.publish(position.step)
         self.loop = Loop(job.options, self.roles, pool, self.source, None, STOP_IDS, position)
 
-    def values(self, role: str, method: str) -> list:
-        return [call.value for call in self.calls if (call.role, call.method) == (role, method)]
+    def calls(self, role: str, method: str) -> list[Call]:
+        return [call for call in self.roles.groups[role].calls if call.method == method]
+
+    def values(self, role: str, method: str) -> list[Any]:
+        return [call.value for call in self.calls(role, method)]
 
     @property
     def asked(self) -> list[list[int]]:
         """Numbers of the prompts of each request."""
-        requests = [call.arguments[0] for call in self.calls if call.method == "generate"]
+        requests = [call.arguments[0] for call in self.calls("rollout", "generate")]
         return [(request.first_sample_ids // SAMPLES).tolist() for request in requests]
 
     @property
     def learned(self) -> list[RolloutBatch]:
         """What the policy was updated on."""
-        return [c.arguments[0] for c in self.calls if (c.role, c.method) == ("policy", "update")]
+        return [call.arguments[0] for call in self.calls("policy", "update")]
 
     def teaches(self, number: int) -> bool:
         ids = self.source.prompt_ids(int(self.source.order.indices(np.array([number]))[0]))
         return tiny_rewards.teaches(self.source.encoder.decode(ids.tolist(), skip_special_tokens=False))
 
-    def weights(self, role: str = "policy") -> dict[str, torch.Tensor]:
-        return self.roles.groups[role].worker.engine.master_weights()
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The policy's, under the names of the model."""
+        weights = self.roles.groups["policy"].worker.engine.master_weights()
+        return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
     def close(self) -> None:
         self.roles.close()
@@ -218,3 +223,121 @@ def test_a_step_of_fewer_answers_than_minibatches_makes_no_step_on_nothing(start
 def optimizer_steps(run: Run) -> int:
     engine = run.roles.groups["policy"].worker.engine
     return engine._engine.global_steps
+
+
+# -------------------------------------------------------------------------------------------------------------- overlap
+
+
+def test_with_a_learning_rate_of_0_overlap_changes_nothing_but_the_version(start):
+    """Every array of every batch that the policy learns from, but whose weights drew it."""
+    apart, together = (start("letters", overlap=overlap, learning_rate=0) for overlap in (0, 1))
+    for _ in range(4):
+        for run in (apart, together):
+            run.loop.step()
+    for step in range(4):
+        ours, theirs = (run.learned[step] for run in (together, apart))
+        assert same(ours, theirs, but=("versions",))
+        assert (theirs.versions == step).all()
+        assert (ours.versions == max(0, step - 1)).all()
+
+
+def test_with_overlap_every_token_is_drawn_and_weighed_by_the_weights_that_its_version_names(start):
+    """The behaviour's log-probabilities are those of the weights one update ago, not of the ones that learn."""
+    run = start("letters", overlap=1, learning_rate=1e-2)
+    of_step = []
+    for _ in range(3):
+        of_step.append(run.weights())
+        run.loop.step()
+    for step, batch in enumerate(run.learned):
+        version = max(0, step - 1)
+        assert set(batch.versions.tolist()) == {version}
+        assert np.abs(log_probs_of(run, of_step[version], batch) - batch.behaviour_log_probs).max() < 1e-5
+        if step:
+            assert np.abs(log_probs_of(run, of_step[step], batch) - batch.behaviour_log_probs).max() > 1e-3
+
+
+def log_probs_of(run: Run, weights: dict[str, torch.Tensor], batch: RolloutBatch) -> np.ndarray:
+    """Of every answer token by certain weights, one sequence after the other."""
+    model = load_masters(run.roles.job.init)
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        return torch.cat([log_p for log_p, _ in plain_forward(model, batch)]).double().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------ KL coefficient
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_the_kl_coefficient_follows_its_target(start, name):
+    """β is multiplied by 1 + clip(KL / target - 1, ±0.2) · answers / 10,000 (arXiv:1909.08593, section 2.2). KL is the
+    sum over an answer's tokens of k3 (in GRPO's loss) or k1 (in PPO's rewards), on average."""
+    run = start("letters", name=name, kl_coefficient=0.5, kl_target=0.05, learning_rate=3e-3)
+    first, coefficient, errors = run.weights(), 0.5, []
+    for _ in range(4):
+        weights = run.weights()
+        metrics = run.loop.step()
+        update = run.calls("policy", "update")[-1]
+        batch = update.arguments[0]
+        delta = log_probs_of(run, first, batch) - log_probs_of(run, weights, batch)
+        kl = (-delta if name == "ppo" else np.exp(delta) - 1 - delta).sum() / len(batch)
+        assert metrics["kl_per_answer"] == pytest.approx(kl, rel=1e-3, abs=1e-4)
+        assert update.arguments[2] == pytest.approx(coefficient, rel=1e-6)
+        errors.append(min(max(kl / 0.05 - 1, -0.2), 0.2))
+        coefficient *= 1 + errors[-1] * len(batch) / 10_000
+        assert metrics["kl_coefficient"] == pytest.approx(coefficient, rel=1e-6)
+    assert errors[0] == -0.2
+    assert errors[-1] == 0.2
+
+
+def test_a_skipped_step_leaves_the_kl_coefficient_alone(start):
+    """Where the reference says NaN for once, the KL is NaN and the step is skipped; the next one is as ever."""
+    run = start("letters", kl_coefficient=0.5, kl_target=0.05)
+    norm = run.roles.groups["reference"].worker.network.model.norm.weight
+    right = norm.clone()
+    norm.fill_(math.nan)
+    metrics = run.loop.step()
+    assert metrics["skipped"] == 1
+    assert run.loop.position.kl_coefficient == 0.5
+    norm.copy_(right)
+    metrics = run.loop.step()
+    assert metrics["skipped"] == 0
+    assert run.loop.position.kl_coefficient == 0.5 * (1 - 0.2 * PROMPTS * SAMPLES / 10_000)
+
+
+# ------------------------------------------------------------------------------------------------------------------ PPO
+
+
+def by_definition(batch: RolloutBatch, rewards, old, ref, values, behind, beta: float, o: PPOOptions):
+    """Returns and advantages of PPO answer by answer, as double sums over the later tokens, in float64."""
+    ends = np.cumsum(batch.answer_lens)
+    advantages, returns = [], []
+    for i, (end, n) in enumerate(zip(ends, batch.answer_lens, strict=True)):
+        here = slice(end - n, end)
+        r = -beta * (old[here].astype(float) - ref[here])
+        r[-1] += rewards[i]
+        v = np.append(values[here].astype(float), 0.0 if batch.stopped[i] else behind[i])
+        delta = r + o.gamma * v[1:] - v[:-1]
+        a = [sum((o.gamma * o.lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
+        advantages += a
+        returns += list(np.array(a) + v[:-1])
+    return np.array(advantages), np.array(returns)
+
+
+def test_ppo_learns_from_the_advantages_of_its_definition(start):
+    """KL off each token's reward, the answer's reward at its last token, the value behind answers that were cut off."""
+    run = start("letters", name="ppo", kl_coefficient=0.3, learning_rate=3e-3, critic_learning_rate=1e-2, gamma=0.97)
+    for _ in range(3):
+        run.loop.step()
+    o = run.loop.options
+    for step, batch in enumerate(run.learned):
+        texts = run.source.texts(batch, STOP_IDS, o.max_new_tokens)[1]
+        rewards = [tiny_rewards.letters("", text, {}) for text in texts]
+        values, behind = run.values("critic", "values")[step]
+        old, ref = run.values("policy", "log_probs")[step], run.values("reference", "log_probs")[step][1]
+        advantages, returns = by_definition(batch, rewards, old, ref, values, behind, 0.3, o)
+        assert np.allclose(batch.columns["returns"], returns, atol=1e-5)
+        white = (advantages - advantages.mean()) / advantages.std()
+        assert np.allclose(batch.columns["advantages"], white, atol=1e-4)
+        assert np.array_equal(batch.columns["values"], values)
+    assert np.abs(old - ref).max() > 1e-3
+    assert np.abs(values).max() > 1e-2

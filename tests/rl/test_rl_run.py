@@ -13,9 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny_rl import metrics_of, pack_prompts, write_run
+from tiny_rl import metrics_of, pack_prompts, run_here, write_run
 
-from minigpt import cli
 from minigpt.rl import algorithms
 
 pytestmark = pytest.mark.slow
@@ -48,18 +47,6 @@ def arguments(world: Path, stage: str, save_dir: Path, reward: str, *options: st
         *("train", stage, f"--data={world / 'prompts'}", f"--init={world / 'sft'}", f"--save_dir={save_dir}"),
         *(f"--reward={world / 'rewards.py'}:{reward}", *SMALL, *options),
     ]
-
-
-def run_here(*command: str) -> int:
-    """The command in this process; its exit status."""
-    threads = torch.get_num_threads()
-    try:
-        cli.main(list(command))
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    finally:
-        torch.set_num_threads(threads)
-    return 0
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

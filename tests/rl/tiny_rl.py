@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import ray
@@ -16,6 +16,7 @@ from torch import nn
 
 from data_prep.microworld import MicroWorldOptions, write_microworld
 from data_prep.pack import PackOptions, pack
+from minigpt import cli
 from minigpt.generation.sampling import SamplingParams
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 from minigpt.rl.batch import RolloutBatch
@@ -139,6 +140,18 @@ def metrics_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
+def run_here(*command: str) -> int:
+    """The command in this process; its exit status."""
+    threads = torch.get_num_threads()
+    try:
+        cli.main(list(command))
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    finally:
+        torch.set_num_threads(threads)
+    return 0
+
+
 # --------------------------------------------------------------------------------------- workers without their actors
 
 
@@ -167,7 +180,6 @@ def fingerprint(value: Any) -> list[str]:
 class Call:
     """What a worker was asked, and what it returned."""
 
-    role: str
     method: str
     arguments: list[Any]
     value: Any
@@ -177,12 +189,11 @@ class InlineGroup:
     """A `WorkerGroup` of one worker that lives in this process, without an actor around it. What goes in and out passes
     through Ray's object store as ever, and what a worker is handed must be unchanged when it is done."""
 
-    calls: ClassVar[list[Call]] = []
-
     def __init__(
         self, worker: type, role: str, layout: Any, needed: Any, placement: Any, arguments: Any, timeout: Any
     ) -> None:
         self.role, self.worker = role, worker(0, 1, 1, *arguments)
+        self.calls: list[Call] = []
 
     def __len__(self) -> int:
         return 1
@@ -193,7 +204,7 @@ class InlineGroup:
         before = fingerprint(given)
         result = getattr(self.worker, method)(*given)
         assert fingerprint(given) == before, f"{self.role}.{method} wrote into what it was handed"
-        self.calls.append(Call(self.role, method, given, getattr(result, "value", result)))
+        self.calls.append(Call(method, given, getattr(result, "value", result)))
         return ray.put(result)
 
     def all(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:

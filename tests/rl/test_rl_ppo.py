@@ -1,0 +1,165 @@
+"""A run of PPO with all that it can carry along (critic, its warm-up, an adaptive KL, several updates a step): once
+whole, once resumed, and once with two ranks of policy and critic."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_rewards
+import torch
+from tiny_rl import InlineGroup, metrics_of, pack_prompts, run_here, write_run
+
+from minigpt.rl import cluster
+from minigpt.rl.group import WorkerGroup
+from minigpt.rl.layout import Layout
+from minigpt.trainer.engine import _load_safely
+from minigpt.trainer.setup import load_masters
+
+pytestmark = pytest.mark.slow
+
+STEPS, WARMUP = 6, 2
+OPTIONS = [
+    *("--dtype=fp32", "--compile=false", "--threads=1", "--tensorboard=false", "--export_dtype=fp32"),
+    *("--prompts_per_step=4", "--samples_per_prompt=2", "--max_new_tokens=8", "--eval_prompts=2"),
+    *("--minibatches=2", "--update_epochs=2", "--learning_rate=1e-3", "--critic_learning_rate=1e-2"),
+    *(f"--max_steps={STEPS}", "--save_interval=1", "--keep_checkpoints=10", f"--critic_warmup={WARMUP}"),
+]
+ADAPTIVE = ["--kl_coefficient=0.2", "--kl_target=0.05"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    write_run(root / "sft", sharpness=5.0)
+    pack_prompts(root)
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def our_ray():
+    """One for all runs here. Roles of one worker need no actors."""
+
+    def make_group(worker: type, role: str, layout: Layout, *rest: Any) -> Any:
+        return (WorkerGroup if layout[role].workers > 1 else InlineGroup)(worker, role, layout, *rest)
+
+    cluster.connect(num_cpus=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minigpt.rl.roles.WorkerGroup", make_group)
+        patch.setattr(cluster, "connect", lambda address: None)
+        patch.setattr(cluster, "disconnect", lambda: None)
+        yield
+    cluster.disconnect()
+
+
+def train(world: Path, folder: Path, *options: str) -> None:
+    reward = f"--reward={Path(tiny_rewards.__file__)}:letters"
+    places = [f"--data={world / 'prompts'}", f"--init={world / 'sft'}", f"--save_dir={folder}"]
+    assert run_here("train", "ppo", *places, reward, *OPTIONS, *options) == 0
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory) -> Path:
+    """Never interrupted, one rank."""
+    folder = tmp_path_factory.mktemp("whole") / "ppo"
+    train(world, folder, *ADAPTIVE)
+    return folder
+
+
+def interrupted(whole: Path, folder: Path, step: int) -> Path:
+    """The run as a kill between the critic's checkpoint and the policy's leaves it: the critic's is one step ahead."""
+    shutil.copytree(whole, folder)
+    for left in [folder / "summary.json", folder / "hf", *folder.glob("*.pth")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for engine, last in ((folder, step), (folder / "critic", step + 1)):
+        for checkpoint in (engine / "checkpoints").glob("step_*"):
+            if int(checkpoint.name.removeprefix("step_")) > last:
+                shutil.rmtree(checkpoint)
+    return folder
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def module_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    (path,) = checkpoint(run, step).rglob("*model_states.pt")
+    return torch.load(path, weights_only=True)["module"]
+
+
+def tensors_in(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of a saved state, by its path."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {key: tensor for k, v in items for key, tensor in tensors_in(v, f"{name}/{k}").items()}
+
+
+def engine_state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights, masters, moments and random state of a checkpoint."""
+    files = sorted(checkpoint(run, step).rglob("*.pt"))
+    return {key: t for file in files for key, t in tensors_in(_load_safely(file, "cpu"), file.name).items()}
+
+
+def without_times(line: dict[str, Any]) -> dict[str, Any]:
+    timed = ("seconds", "overhead", "tokens_per_second", "generated_tokens_per_second", "time")
+    return {key: value for key, value in line.items() if not key.startswith(timed)}
+
+
+def position(run: Path) -> dict[str, Any]:
+    found = json.loads((checkpoint(run, STEPS) / "state.json").read_text())["position"]
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
+def test_while_the_critic_warms_up_it_alone_learns(whole, world):
+    start = dict(load_masters(world / "sft").state_dict())
+    lines = metrics_of(whole)
+    for step in range(1, STEPS + 1):
+        policy = module_weights(whole, step)
+        moved = [name for name, weight in start.items() if not torch.equal(policy[f"model.{name}"], weight)]
+        assert bool(moved) == (step > WARMUP)
+        assert ("loss" in lines[step - 1]) == ("lr" in lines[step - 1]) == (step > WARMUP)
+        assert lines[step - 1]["value_loss"] > 0
+    for step in range(1, STEPS):
+        ours, theirs = module_weights(whole / "critic", step), module_weights(whole / "critic", step + 1)
+        assert not any(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(whole, world, tmp_path, capsys):
+    run = interrupted(whole, tmp_path / "ppo", 3)
+    train(world, run, *ADAPTIVE)
+    assert "at step 3 of 6" in capsys.readouterr().out
+    for folder, other in ((run, whole), (run / "critic", whole / "critic")):
+        ours, theirs = (engine_state(one, STEPS) for one in (folder, other))
+        assert ours.keys() == theirs.keys()
+        assert any("exp_avg" in name for name in theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert position(run) == position(whole)
+    assert position(run)["kl_coefficient"] not in (0.0, 0.2)
+    for ours, theirs in zip(metrics_of(run)[-3:], metrics_of(whole)[-3:], strict=True):
+        assert without_times(ours) == without_times(theirs)
+
+
+def test_a_resumed_run_goes_on_with_the_kl_coefficient_that_is_asked_for_now(whole, world, tmp_path, capsys):
+    """Unless a target adapts it, an option is what it says, not what the checkpoint remembers."""
+    run = interrupted(whole, tmp_path / "ppo", STEPS - 1)
+    train(world, run, "--kl_coefficient=0.7")
+    assert "--kl_coefficient was 0.2 before the interruption and is 0.7 now" in capsys.readouterr().out
+    assert metrics_of(run)[-1]["kl_coefficient"] == 0.7
+
+
+def test_two_ranks_of_policy_and_critic_learn_what_one_does(whole, world, tmp_path):
+    layout = tmp_path / "layout.yaml"
+    layout.write_text("policy: {workers: 2, threads: 1}\ncritic: {workers: 2, threads: 1}\n")
+    run = tmp_path / "ppo"
+    train(world, run, *ADAPTIVE, f"--layout={layout}")
+    for ours, theirs in zip(metrics_of(run), metrics_of(whole), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in without_times(theirs).items():
+            if name != "kind":
+                assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    for folder, other in ((run, whole), (run / "critic", whole / "critic")):
+        ours, theirs = (module_weights(one, STEPS) for one in (folder, other))
+        for name, weight in theirs.items():
+            assert (ours[name] - weight).norm() < 1e-4 * weight.norm(), name
