@@ -594,6 +594,7 @@ class RolloutWorker(Worker):
         while self.engine.has_work:
             self.engine.step()
         answers = [completion for one in requests for completion in one.completions]
+        assert all(set(a.versions or ()) <= {self.engine.version} for a in answers), "weights came amid an answer"
         pieces = [
             piece
             for prompt, one in zip(prompts, requests, strict=True)

@@ -1,15 +1,16 @@
 """The policy on one rank and on two, at every ZeRO stage, as Ray actors: the same log-probabilities, the same weights
 behind the same updates, the same bytes for the samplers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
 from ray.util import remove_placement_group
-from tiny_rl import make_job, make_policy, make_request, sample, with_columns, write_run
+from tiny_rl import arrays_of, make_job, make_policy, make_request, sample, with_columns, write_run
 
 from minigpt.errors import UserError
 from minigpt.rl import cluster
@@ -17,7 +18,7 @@ from minigpt.rl.batch import RolloutBatch
 from minigpt.rl.group import WorkerDied, WorkerGroup, place
 from minigpt.rl.layout import Role, bundles, choose_layout, laptop
 from minigpt.rl.publish import unpack
-from minigpt.rl.workers import PolicyWorker
+from minigpt.rl.workers import PolicyWorker, RolloutWorker
 from minigpt.trainer.setup import load_masters
 
 pytestmark = pytest.mark.slow
@@ -113,6 +114,35 @@ def test_what_is_published_are_the_weights_bit_for_bit_at_every_zero_stage(resul
     found = results[world]
     assert found.published.keys() == {name for name in found.weights if name != "lm_head.weight"}
     assert all(torch.equal(tensor, found.weights[name]) for name, tensor in found.published.items())
+
+
+def test_weights_that_come_while_answers_are_drawn_wait_for_their_end(run, batches):
+    """All calls are under way at once; the answers are those of a worker that was asked one thing after the other."""
+    job = replace(make_job(run, row_length=128, max_new_tokens=100), longest=128)
+    policy = make_policy(job)
+    published = [policy.publish(0).value]
+    policy.update(batches[0], 1e-2, 0.0)
+    published.append(policy.publish(1).value)
+    calls: list[tuple[str, Any]] = []
+    for weights in (*published, *published):
+        request = make_request(samples=1, version=weights.version, max_new_tokens=100)
+        calls += [("load", weights), ("generate", request)]
+    alone = RolloutWorker(0, 1, 1, job)
+    alone.setup()
+    expected = [getattr(alone, method)(argument).value for method, argument in calls]
+    needed = bundles(laptop(), ["rollout"])
+    placement = place(needed, 60)
+    group = WorkerGroup(RolloutWorker, "rollout", laptop(), needed, placement, (job,), 120.0)
+    try:
+        group.wait(group.all("setup"), "load")
+        under_way = [group.one(0, method, argument) for method, argument in calls]
+        found = [group.result(reference, 0, "answer").value for reference in under_way]
+    finally:
+        group.kill()
+        remove_placement_group(placement)
+    for ours, theirs in zip(found[1::2], expected[1::2], strict=True):
+        assert all(np.array_equal(array, arrays_of(theirs)[name]) for name, array in arrays_of(ours).items())
+    assert not np.array_equal(found[1].tokens, found[3].tokens)
 
 
 def stubborn() -> type:

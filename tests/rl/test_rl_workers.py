@@ -2,7 +2,8 @@
 gradient against plain float64, weights on their way to the samplers bit for bit."""
 
 import copy
-import hashlib
+import inspect
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import ray
 import torch
 from tiny_rl import (
     BETA1,
+    arrays_in,
     arrays_of,
+    fingerprint,
     make_job,
     make_policy,
     make_request,
@@ -27,7 +30,8 @@ from minigpt.rl.algorithms import group_advantages
 from minigpt.rl.batch import RolloutBatch, micro_batches, restore
 from minigpt.rl.losses import PolicyLossTerms, policy_objective
 from minigpt.rl.publish import unpack, weight_buckets
-from minigpt.rl.workers import CriticWorker, ReferenceWorker, RewardWorker, RolloutWorker
+from minigpt.rl.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Worker
+from minigpt.trainer.checkpoint import checkpoint_folder
 from minigpt.trainer.setup import load_masters
 
 pytestmark = pytest.mark.slow
@@ -118,6 +122,27 @@ def test_old_log_probs_are_those_of_the_first_update_exactly_and_differ_from_the
     again = policy.update(with_columns(batch, **columns), 0.0, 0.0).value
     assert abs(again["ratio"] - 1.0) > 1e-3
     assert not np.array_equal(policy.log_probs(batch).value, old)
+
+
+def test_compiled_in_bf16_the_old_log_probs_come_from_the_graph_that_is_trained(run):
+    """So the ratio of every update is exactly 1 until something moves; another graph rounds otherwise."""
+    job = make_job(run, dtype="bf16", compile=True, minibatches=2, update_epochs=2, kl_coefficient=0.1)
+    policy = make_policy(job)
+    batch = sample(policy)
+    columns = {"advantages": advantages_of(batch), "ref_log_probs": batch.behaviour_log_probs}
+    torch._dynamo.utils.counters.clear()
+    columns["old_log_probs"] = policy.log_probs(with_columns(batch, **columns)).value
+    for _ in range(2):
+        seen = policy.update(with_columns(batch, **columns), 0.0, 0.1).value
+        assert seen["ratio"] == 1.0
+        assert seen["clip_fraction"] == 0.0
+        assert seen["grad_norm"] > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    other = policy._by_forward_pass(with_columns(batch, **columns), policy.engine.evaluate).value
+    assert not np.array_equal(other, columns["old_log_probs"])
+    assert np.array_equal(policy.log_probs(with_columns(batch, **columns)).value, columns["old_log_probs"])
+    policy.update(with_columns(batch, **columns), 1e-2, 0.1)
+    assert abs(policy.update(with_columns(batch, **columns), 0.0, 0.1).value["ratio"] - 1) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------- the sampler's and ours
@@ -484,28 +509,62 @@ def test_shares_of_several_reference_and_reward_workers_make_the_whole(run, batc
 # -------------------------------------------------------------------------------------------------- batches from Ray
 
 
-def hashes(batch: RolloutBatch) -> dict[str, str]:
-    return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays_of(batch).items()}
+KINDS = (PolicyWorker, CriticWorker, ReferenceWorker, RewardWorker, RolloutWorker)
 
 
-def test_no_method_writes_into_what_it_is_handed(run, batch):
-    """Ray hands out read-only views, but torch can write through them."""
+def calls_of_every_method(run, batch, folder) -> Iterator[tuple[Worker, str, list]]:
+    """Workers, methods and arguments, one after the other, as they occur in a run."""
     columns = {name: c for name, c in off_policy(batch).items() if name != "behaviour"}
     policy_batch = with_columns(batch, **columns)
     critic_batch = with_columns(batch, values=batch.behaviour_log_probs, returns=columns["advantages"])
-    job = make_job(run, kl_coefficient=0.1, update_epochs=2, minibatches=2)
-    policy, critic = make_policy(job), CriticWorker(0, 1, 1, make_job(run, "ppo"))
-    critic.setup(None)
-    before = hashes(policy_batch), hashes(critic_batch)
-    for one in (policy_batch, critic_batch):
-        for array in arrays_of(one).values():
+    RewardModel.from_decoder(load_masters(run)).save_pretrained(folder / "reward", tokenizer_folder=None)
+    several = {"update_epochs": 2, "minibatches": 2}
+    job = make_job(run, kl_coefficient=0.1, reward_model=folder / "reward", behaviour_correction=True, **several)
+    policy, adapter = PolicyWorker(0, 1, 1, job), PolicyWorker(0, 1, 1, make_job(run, lora_rank=4))
+    critic = CriticWorker(0, 1, 1, make_job(run, "ppo", **several))
+    reference, reward, rollout = (kind(0, 1, 1, job) for kind in KINDS[2:])
+    for worker in (policy, adapter, critic):
+        yield worker, "setup", [None]
+        yield worker, "address", []
+        yield worker, "describe", []
+    for worker in (reference, reward, rollout):
+        yield worker, "setup", []
+    for worker in (policy, critic, reference, reward, rollout):
+        yield worker, "ping", []
+    yield policy, "log_probs", [policy_batch]
+    yield policy, "update", [policy_batch, 1e-3, 0.1]
+    yield adapter, "reference_log_probs", [policy_batch]
+    yield adapter, "update", [policy_batch, 1e-3, 0.1]
+    yield reference, "log_probs", [policy_batch]
+    yield reward, "rewards", [policy_batch]
+    yield critic, "values", [critic_batch]
+    yield critic, "update", [critic_batch, 1e-3]
+    yield policy, "publish", [1]
+    yield rollout, "load", [policy.publish(1).value]
+    yield rollout, "generate", [make_request(version=1)]
+    for worker, name in ((policy, "policy"), (critic, "critic")):
+        yield worker, "save", [folder / name, {"step": 1, "position": {"prompts": [1, 2]}}]
+        yield worker, "load", [checkpoint_folder(folder / name, 1)]
+    yield policy, "export", [folder]
+    yield policy, "update", [policy_batch, 1e-3, 0.1]  # with what was loaded
+    yield rollout, "load", [policy.publish(2).value]
+    yield rollout, "generate", [make_request(version=2)]
+
+
+def test_no_method_writes_into_what_it_is_handed(run, batch, tmp_path):
+    """Ray hands out read-only views, but torch can write through them: all that was handed over so far is compared
+    after every call. A new method must be added above."""
+    called, handed, before = set(), [], []
+    for worker, method, arguments in calls_of_every_method(run, batch, tmp_path):
+        for array in arrays_in(arguments):
             array.flags.writeable = False
-    policy.log_probs(policy_batch)
-    policy.update(policy_batch, 1e-3, 0.1)
-    reference_log_probs(job, policy_batch)
-    critic.values(critic_batch)
-    critic.update(critic_batch, 1e-3)
-    assert (hashes(policy_batch), hashes(critic_batch)) == before
+        handed.append(arguments)
+        before.append((fingerprint(arguments), repr(arguments)))
+        getattr(worker, method)(*arguments)
+        called.add((type(worker), method))
+        assert [(fingerprint(one), repr(one)) for one in handed] == before, f"{type(worker).__name__}.{method}"
+    public = {(k, name) for k in KINDS for name, _ in inspect.getmembers(k, inspect.isfunction) if name[0] != "_"}
+    assert called == public
 
 
 @pytest.mark.parametrize("workers", [1, 2, 6])
