@@ -106,6 +106,7 @@ class Loop:
             seed=options.seed,
         )
         self._coming: Sampling | None = None
+        self._drawn = 0  # answer tokens that were collected in this step, also of groups that were put aside
 
     # ---------------------------------------------------------------------------------------------------- one step
 
@@ -114,6 +115,7 @@ class Loop:
         o, position, roles = self.options, self.position, self.roles
         started = time.perf_counter()
         roles.clock.clear()
+        self._drawn = 0
         batch = roles.collect(self._coming or self._ask(o.prompts_per_step, position.under_way))
         self._coming = position.under_way = None
         if o.overlap and position.step + 1 < o.max_steps:
@@ -138,6 +140,7 @@ class Loop:
     def _judge(self, batch: RolloutBatch) -> Experience:
         """Rewards of the answers: rules, the reward model, the punishment of length."""
         o = self.options
+        self._drawn += len(batch.behaviour_log_probs)
         with self.roles.clock.phase("rewards"):
             rewards, metrics = self._rule_rewards(batch, self.prompts)
         if o.reward_model is not None:
@@ -301,13 +304,12 @@ class Loop:
         clock = self.roles.clock
         busy = sum(clock.computed.values()) + clock.waited["rewards"]
         named = {f"seconds_{name}": value for name, value in clock.waited.items()}
-        generated = len(batch.behaviour_log_probs)
         return {
             **named,
             "seconds_step": seconds,
             "overhead": max(0.0, 1 - busy / seconds) if not self.options.overlap else math.nan,
-            "generated_tokens_per_second": generated / max(clock.computed["generate"], 1e-9),
-            "tokens_per_second": generated / seconds,
+            "generated_tokens_per_second": self._drawn / max(clock.computed["generate"], 1e-9),
+            "tokens_per_second": len(batch.behaviour_log_probs) / seconds,
         }
 
     # -------------------------------------------------------------------------------------------------- evaluation

@@ -191,6 +191,10 @@ class RLOptions:
                 f"{self.prompts_per_step} prompts x {self.samples_per_prompt} samples do not divide into "
                 f"--minibatches {self.minibatches}"
             )
+        if self.dynamic_sampling and self.samples_per_prompt < 2:
+            raise UserError(
+                "--dynamic_sampling compares answers to the same prompt: give --samples_per_prompt at least 2"
+            )
         if self.overlap and self.behaviour_correction is False:
             raise UserError("--overlap 1 samples with older weights, which needs --behaviour_correction; leave it out")
         if self.kl_target is not None and not self.kl_coefficient:

@@ -15,6 +15,7 @@ from tiny_rl import STOP_IDS, Call, InlineGroup, make_job, pack_prompts, plain_f
 
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import PackedDataset
+from minigpt.errors import UserError
 from minigpt.rl import cluster
 from minigpt.rl.batch import RolloutBatch
 from minigpt.rl.loop import Loop, Position
@@ -134,8 +135,12 @@ def test_groups_that_teach_nothing_give_way_to_the_prompts_that_come_next(start,
     rounds = []
     for _ in range(6):
         before = len(run.asked)
-        run.loop.step()
+        metrics = run.loop.step()
         rounds.append(len(run.asked) - before)
+        drawn = [len(batch.versions) for batch in run.values("rollout", "generate")][before:]
+        if not overlap:
+            seconds = run.roles.clock.computed["generate"]
+            assert metrics["generated_tokens_per_second"] * seconds == pytest.approx(sum(drawn))
     asked = run.asked
     assert [k for request in asked for k in request] == list(range(run.loop.position.prompts)), "each once, in order"
     assert len(run.learned) == 6
@@ -218,6 +223,12 @@ def test_a_step_of_fewer_answers_than_minibatches_makes_no_step_on_nothing(start
     assert math.isfinite(metrics["loss"])
     assert metrics["grad_norm"] > 0
     assert optimizer_steps(run) == 2
+
+
+def test_dynamic_sampling_of_single_answers_is_refused():
+    """All groups of one would be put aside."""
+    with pytest.raises(UserError, match="--samples_per_prompt at least 2"):
+        PPOOptions(samples_per_prompt=1, dynamic_sampling=1)
 
 
 def optimizer_steps(run: Run) -> int:
