@@ -275,6 +275,15 @@ def log_probs_of(run: Run, weights: dict[str, torch.Tensor], batch: RolloutBatch
         return torch.cat([log_p for log_p, _ in plain_forward(model, batch)]).double().numpy()
 
 
+def test_the_loop_samples_from_the_distribution_that_policy_and_reference_score(start):
+    """At a temperature of its own: no filter and no penalty stands between what is drawn and what is learned from."""
+    run = start("letters", temperature=0.6, kl_coefficient=0.1, learning_rate=1e-3)
+    metrics = run.loop.step()
+    assert metrics["sampler_gap_max"] < 1e-5
+    assert metrics["kl"] < 1e-9
+    assert run.loop.step()["sampler_gap_max"] < 1e-5
+
+
 # ------------------------------------------------------------------------------------------------------ KL coefficient
 
 
