@@ -34,7 +34,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder, arguments.smoke)
+        prepare(folder, {**CONFIG_S, "hidden_size": 64, "num_hidden_layers": 1} if arguments.smoke else CONFIG_S)
         contenders = [
             _contender(arguments, folder, "ours", OURS, folder / "run" / "metrics.jsonl"),
             *(
@@ -84,7 +84,7 @@ def _contender(
     return Contender(name, command, progress, folder / f"{task}-{precision}.log")
 
 
-def prepare(folder: Path, smoke: bool) -> None:
+def prepare(folder: Path, shape: dict[str, int]) -> None:
     """A model with random weights, exported, and the micro-world's sums as prompts."""
     import torch
 
@@ -93,7 +93,6 @@ def prepare(folder: Path, smoke: bool) -> None:
     from minigpt.trainer.weights import write_language_model
 
     torch.manual_seed(0)
-    shape = {**CONFIG_S, "hidden_size": 64, "num_hidden_layers": 1} if smoke else CONFIG_S
     model = MiniGPT(MiniGPTConfig(**shape))
     (folder / "init").mkdir()
     write_language_model(

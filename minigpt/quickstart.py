@@ -272,7 +272,9 @@ def _grpo_options(folder: Path, options: QuickstartOptions, recipe: Recipe, data
         prompts_per_step=16,
         samples_per_prompt=8,
         max_new_tokens=80,
-        temperature=1.2,  # at 1 a model of 0.1 nats a token gives too many groups of equal answers
+        eval_data=[data["heldout_sums"]],
+        eval_prompts=200,
+        temperature=1.2,
         max_steps=steps,
         learning_rate=rate,
         dtype=recipe.model["dtype"],

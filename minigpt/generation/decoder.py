@@ -96,6 +96,10 @@ class Decoder:
         tensors += [tensor for layer in self.layers for tensor in layer.tensors]
         self.places = tuple(tensor.data_ptr() for tensor in tensors)
 
+    def forget(self) -> None:
+        """Free what `refresh` prepares."""
+        self.layers, self.head = [], None
+
     def hidden(self, ids_N: torch.Tensor, positions_N: torch.Tensor, attend: Attend) -> torch.Tensor:
         """[N, E] behind the last norm."""
         N, H, G, D = len(ids_N), self.num_heads, self.num_kv_heads, self.head_dim

@@ -385,6 +385,25 @@ class Engine:
                 sequence.shares_prompt = False
         return self.version
 
+    def sleep(self) -> None:
+        """Gives back the memory of the cache and of the prepared weights, until `wake`; between requests only.
+
+        The model's own weights are their owner's to move; they must be back before `wake`.
+        """
+        if self.has_work:
+            raise RuntimeError("an engine with requests under way cannot sleep")
+        self._prefix.clear()
+        cache = self._cache
+        self._cache = KVCache(self.model.config, 0, cache.max_length, cache.kv.dtype, self.device)
+        self.decoder.forget()
+        if self._native is not None:
+            self._native.forget()
+
+    def wake(self) -> None:
+        """Makes what `sleep` gave back; the cache is as long as it was, so that products keep their shapes."""
+        self._cache = self._new_cache(self._cache.max_length)
+        self.refresh()
+
     # --------------------------------------------------------------------------------------------------------- steps
 
     @torch.inference_mode()

@@ -77,6 +77,7 @@ class NativeDecoder:
         compiled = library()
         assert compiled is not None
         self._library, self._decoder = compiled, decoder
+        self._kept: list[torch.Tensor] = []  # what the addresses in `_network` point to
         self.vocab_size = decoder.model.config.vocab_size
         self._stride = -(-self.vocab_size // PANEL) * PANEL
         self.logits_BV = torch.zeros(slots, self._stride)[:, : self.vocab_size]
@@ -95,12 +96,16 @@ class NativeDecoder:
             and library() is not None
         )
 
+    def forget(self) -> None:
+        """Free what `refresh` prepares."""
+        self._kept = []
+
     @torch.inference_mode()
     def refresh(self) -> None:
         """Read the weights of the model again, after they changed."""
         decoder, transformer = self._decoder, self._decoder.model.model
         config = decoder.model.config
-        self._kept: list[torch.Tensor] = []  # what the addresses point to
+        self._kept = []
         layers = (_Layer * config.num_hidden_layers)()
         for layer, block in zip(layers, transformer.layers, strict=True):
             attention, mlp = cast("Attention", block.self_attn), cast("FeedForward", block.mlp)

@@ -113,6 +113,22 @@ def _read(path: Path) -> Layout:
     return layout
 
 
+def sharing(layout: Layout, roles: list[str], sleep: bool | None) -> dict[str, set[str]]:
+    """For each role the others that give way to it, because they are on its device and it works.
+
+    Args:
+        layout, roles: Those of the run.
+        sleep: None: roles on shared GPUs take turns; true: also those on CPUs, all of which share one memory; false:
+            nobody.
+    """
+    place = {role: layout[role].beside or role if layout[role].gpus else "cpu" for role in roles}
+    if sleep is None:
+        place = {role: name for role, name in place.items() if name != "cpu"}
+    elif not sleep:
+        place = {}
+    return {role: {other for other, there in place.items() if there == name} - {role} for role, name in place.items()}
+
+
 @dataclass(frozen=True)
 class Bundle:
     """Resources on one node, and the workers (role, rank) that share them."""

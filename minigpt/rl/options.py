@@ -59,6 +59,10 @@ class RLOptions:
         overlong_buffer: The last so many tokens before max_new_tokens are punished linearly, down to -1 at the limit.
         overlap: 1: the next answers are sampled while the policy is updated, by weights that are one step old.
         layout: Which role runs where: auto, laptop, colocate, split, or a YAML file (docs: the RL guide).
+        sleep: Roles that share a device take turns: what the others hold there goes to the CPU's memory meanwhile.
+            null: on GPUs that several roles share; true: on CPUs too.
+        weight_transport: How new weights reach the samplers. store: through Ray's object store. broadcast: to all of
+            them at once, by NCCL between GPUs that are all different, else by gloo. auto: NCCL or store.
         ray_address: A running Ray cluster to join (ray://… or auto). null: RAY_ADDRESS, or a private one of this
             machine.
         rollout_slots: Answers that a sampler works on together.
@@ -132,6 +136,8 @@ class RLOptions:
     overlong_buffer: int = 0
     overlap: int = 0
     layout: str = "auto"
+    sleep: bool | None = None
+    weight_transport: Literal["auto", "store", "broadcast"] = "auto"
     ray_address: str | None = None
     rollout_slots: int = 64
     batch_invariant: bool = False

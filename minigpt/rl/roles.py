@@ -20,14 +20,13 @@ import ray
 from minigpt.rl.cluster import check_resources
 
 from .batch import RolloutBatch, restore
+from .delivery import Delivery
 from .group import WorkerDied, WorkerGroup, place
-from .layout import bundles, choose_layout
+from .layout import bundles, choose_layout, sharing
 from .options import PPOOptions
-from .publish import Published
 from .request import PromptRequest
 from .workers import CriticWorker, Job, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Timed
 
-VERSIONS_KEPT = 2
 ATTEMPTS = 3  # of one request, each by a new worker
 CLASSES = {
     "policy": PolicyWorker,
@@ -98,7 +97,9 @@ class Roles:
         self.groups = {
             role: WorkerGroup(CLASSES[role], role, layout, needed, self.placement, (job,), o.timeout) for role in roles
         }
-        self._published: dict[int, Published] = {}
+        self._sharing = sharing(layout, roles, o.sleep)
+        self._awake = set(roles)
+        self.delivery = Delivery(self.groups["policy"], self.groups["rollout"], say)
 
     def setup(self) -> dict[str, dict[str, Any]]:
         """Load all models, side by side; returns what policy and critic say of themselves."""
@@ -110,19 +111,41 @@ class Roles:
             else:
                 waiting[role] = group.all("setup")
         found = {role: self.groups[role].wait(refs, "load its model") for role, refs in waiting.items()}
+        self.delivery.setup(self.job.options.weight_transport)
         return {role: results[0] for role, results in found.items() if results[0] is not None}
+
+    def _turn(self, *roles: str) -> None:
+        """Of the roles that share a device, only these are awake: the others make room first."""
+        others = set().union(*(self._sharing.get(role, set()) for role in roles)).difference(roles)
+        leaving, coming = others & self._awake, set(roles) - self._awake
+        if leaving or coming:
+            with self.clock.phase("turns"):
+                for role in sorted(leaving):
+                    self._tell(role, "sleep")
+                for role in sorted(coming):
+                    self._tell(role, "wake")
+            self._awake = (self._awake - leaving) | coming
+
+    def _tell(self, role: str, method: str) -> None:
+        group = self.groups[role]
+        try:
+            group.wait(group.all(method), method)
+        except WorkerDied:
+            if role != "rollout":  # whoever waits for its answers will replace it
+                raise
 
     # ---------------------------------------------------------------------------------------------------- sampling
 
     def sample(self, request: PromptRequest) -> Sampling:
         """Begin to answer prompts, with the weights that the request names."""
         rollout = self.groups["rollout"]
+        self._turn("rollout")
         return Sampling(request, [self._ask(rank, request) for rank in range(len(rollout))])
 
     def _ask(self, rank: int, request: PromptRequest) -> tuple[ray.ObjectRef, ray.ObjectRef]:
         # A worker does one thing after the other: weights never change in the middle of an answer.
         rollout = self.groups["rollout"]
-        loading = rollout.one(rank, "load", self._published[request.version])
+        loading = rollout.one(rank, "load", self.delivery.for_worker(rank, request.version))
         return loading, rollout.one(rank, "generate", request)
 
     def collect(self, sampling: Sampling) -> RolloutBatch:
@@ -145,7 +168,9 @@ class Roles:
                 if attempt + 1 == ATTEMPTS:
                     raise
                 self.say(f"{death}; a new one answers the same prompts")
+                self._turn("rollout")
                 rollout.restart(rank)
+                self.delivery.forget(rank)
                 rollout.wait([rollout.one(rank, "setup")], "load its model")
                 sampling.references[rank] = self._ask(rank, sampling.request)
         raise AssertionError
@@ -186,9 +211,10 @@ class Roles:
 
     def publish(self, version: int) -> None:
         """Make the policy's weights, as they are now, available to the rollout workers."""
-        self._published[version] = self._call("policy", "publish", version)[0]
-        for old in sorted(self._published)[:-VERSIONS_KEPT]:
-            del self._published[old]
+        self._turn("policy", *(["rollout"] if self.delivery.backend else []))
+        with self.clock.phase("publish"):
+            results = self.delivery.publish(version)
+        self._note("publish", results)
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """A checkpoint of everything; the policy's, which says that it is complete, comes last."""
@@ -207,6 +233,7 @@ class Roles:
         return self._plain("policy", "export", folder)[0]
 
     def _plain(self, role: str, method: str, *arguments: Any) -> list[Any]:
+        self._turn(role)
         group = self.groups[role]
         return group.wait(group.all(method, *arguments), method)
 

@@ -280,8 +280,8 @@ def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, Pa
         heldout = source.valid
     else:
         folder = options.save_dir / "heldout"
-        valid = prepare_data(stage, replace(packing, data=options.eval_data, save_dir=folder), ALONE)
-        heldout = valid.train
+        judged = replace(packing, data=options.eval_data, save_dir=folder)
+        heldout = prepare_data(stage, judged, ALONE, valid_fraction=0).train
     folder = model_folder(init)
     for data in filter(None, (source.train, heldout)):
         if (folder / "tokenizer.json").exists() and tokenizer_hash(folder) != data.tokenizer_hash:

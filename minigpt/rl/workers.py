@@ -33,6 +33,7 @@ from minigpt.trainer.flops import training_flops
 from minigpt.trainer.loop import to_tensors
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.setup import compile_wanted, compute_dtype, configure_torch, load_masters
+from minigpt.trainer.sleep import Sleeper
 from minigpt.trainer.stage import StageModule
 
 from .algorithms import token_weights
@@ -40,8 +41,19 @@ from .batch import MicroBatch, RolloutBatch, micro_batches, pack_rows, partition
 from .group import join_environment, own_address
 from .losses import PolicyLossTerms, policy_objective, value_objective
 from .options import PPOOptions, RLOptions
-from .publish import Bucket, Published, unpack, weight_buckets
+from .publish import (
+    VERSIONS_KEPT,
+    Bucket,
+    Entry,
+    Published,
+    bucket_plan,
+    data_bytes,
+    tensors_in,
+    unpack,
+    weight_buckets,
+)
 from .request import PromptRequest
+from .transport import Backend, WeightGroup
 
 T = TypeVar("T")
 CPU_TOKENS, GPU_TOKENS = 2048, 32768  # of a forward pass, unless the options say otherwise
@@ -101,6 +113,9 @@ class Job:
 class Worker:
     """What all workers share: threads, device, precision, and how a batch becomes forward passes."""
 
+    network: Any
+    _transport: WeightGroup | None = None
+
     def __init__(self, rank: int, world_size: int, threads: int, job: Job) -> None:
         self.rank, self.world_size, self.job = rank, world_size, job
         self.threads = threads or job.options.threads
@@ -110,12 +125,50 @@ class Worker:
         """Answers once the worker is there: the node it is on."""
         return ray.util.get_node_ip_address()
 
+    def sleep(self) -> None:
+        """Leave the device to others until `wake`: memory goes to the CPU's."""
+        self._sleeper.sleep((*self.network.parameters(), *self.network.buffers()))
+
+    def wake(self) -> None:
+        """Be as before `sleep`; nothing happens to who does not sleep."""
+        self._sleeper.wake()
+
+    def gpu(self) -> str | None:
+        """A name that only the GPU of this worker has; None without one."""
+        if self.device.type != "cuda":
+            return None
+        return str(torch.cuda.get_device_properties(self.device).uuid)
+
+    def join_transport(
+        self,
+        backend: Backend,
+        address: tuple[str, int],
+        rank: int,
+        size: int,
+        plan: Sequence[Sequence[Entry]] = (),
+    ) -> str | None:
+        """Become a member of the group that weights are broadcast in; what went wrong, if anything did.
+
+        Args:
+            backend, address, rank, size: See `WeightGroup`.
+            plan: What will come in each bucket, for who receives.
+        """
+        if self._transport is not None:
+            self._transport.close()
+        self._transport, self._plan = None, plan
+        try:
+            self._transport = WeightGroup(backend, address, rank, size)
+        except RuntimeError as error:
+            return _first_line(error)
+        return None
+
     def _configure(self, processes: Processes) -> None:
         options = self.job.torch_options
         options.threads = self.threads
         configure_torch(options, processes)
         self.device = processes.device
         self.dtype = compute_dtype(options, self.device)
+        self._sleeper = Sleeper(self.device)
 
     def _alone(self) -> None:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -201,6 +254,14 @@ class TrainedWorker(Worker):
             "device": str(self.device),
             "frozen_hash": self.engine.frozen_hash,
         }
+
+    def sleep(self) -> None:
+        """Leave the device to others until `wake`: the whole engine goes to the CPU's memory."""
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        """Be as before `sleep`."""
+        self.engine.wake()
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """A checkpoint in `folder`/checkpoints; all ranks call it."""
@@ -294,7 +355,14 @@ class PolicyWorker(TrainedWorker):
             max_sequences=o.answers_per_step,
         )
         self._make_engine(network, policy_objective(self.terms), processes, o.learning_rate)
+        self._sent: dict[int, list[torch.Tensor]] = {}  # versions that were broadcast, by bucket
+        largest = max(data_bytes(entries) for entries in bucket_plan(network)) if self.rank == 0 else 0
+        self._bucket = torch.empty(largest, dtype=torch.uint8, device=self.device)
+        self._bucket_on_host = self._bucket if self.device.type == "cpu" else self._host_memory(largest)
         return self.describe()
+
+    def _host_memory(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
 
     def log_probs(self, batch: RolloutBatch) -> Timed[np.ndarray]:
         """log π of every answer token by the graph that is trained, float32 [A]; all ranks call it."""
@@ -397,14 +465,59 @@ class PolicyWorker(TrainedWorker):
             one.arrays["weights"].reshape(-1)[one.positions] = weights.numpy()[one.answer_tokens]
         return self.engine.sum_over_ranks([denominator])[0]
 
-    def publish(self, version: int) -> Timed[Published]:
-        """The weights in the object store; all ranks call it, rank 0's result counts."""
+    def open_transport(self) -> tuple[tuple[str, int], list[list[Entry]]]:
+        """Where the group for broadcasts can meet, and what will come in each bucket; asked of rank 0."""
+        return own_address(), bucket_plan(self.network)
+
+    def publish(self, version: int, broadcast: bool = False) -> Timed[Published]:
+        """The weights in the object store, or to all who listen; all ranks call it, rank 0's result counts.
+
+        A broadcast that fails is not told here, since the receivers know best what they have: all ranks go on to the
+        last bucket, because under ZeRO-3 they gather it together, and `store` gives the version to whoever lacks it.
+        """
         started = time.perf_counter()
+        kept = self._memory_to_keep() if broadcast else []
         buckets = []
-        for bucket in weight_buckets(self.network, self.engine):
-            if self.rank == 0:
-                buckets.append(Bucket(bucket.entries, ray.put(bucket.data)))
+        for number, bucket in enumerate(weight_buckets(self.network, self.engine, memory=self._bucket)):
+            if self.rank != 0:
+                continue
+            if broadcast:
+                self._send(bucket.data)
+                kept[number].copy_(bucket.data)
+                buckets.append(Bucket(bucket.entries, None))
+            else:
+                buckets.append(Bucket(bucket.entries, self._put(bucket.data)))
+        if kept:
+            self._sent[version] = kept
         return Timed(Published(version, buckets), time.perf_counter() - started)
+
+    def _memory_to_keep(self) -> list[torch.Tensor]:
+        """Room for a version that is broadcast: that of the oldest one, which nobody can ask for any more."""
+        if self.rank != 0:
+            return []
+        if len(self._sent) >= VERSIONS_KEPT:
+            return self._sent.pop(min(self._sent))
+        return [self._host_memory(data_bytes(entries)) for entries in bucket_plan(self.network)]
+
+    def _send(self, data: torch.Tensor) -> None:
+        if self._transport is None:
+            return
+        try:
+            self._transport.broadcast(data.to(self._transport.device))
+        except RuntimeError:
+            self._transport = None
+
+    def _put(self, data: torch.Tensor) -> ray.ObjectRef:
+        on_host = self._bucket_on_host[: len(data)]
+        if data.device.type != "cpu":
+            on_host.copy_(data)
+        return ray.put(on_host.numpy())
+
+    def store(self, version: int) -> Published:
+        """A version that was broadcast, in the object store; asked of rank 0."""
+        plan = bucket_plan(self.network)
+        kept = zip(plan, self._sent[version], strict=True)
+        return Published(version, [Bucket(entries, ray.put(data.numpy())) for entries, data in kept])
 
     def export(self, folder: Path) -> list[str]:
         """Write the finished weights into the run folder; all ranks call it, rank 0 writes."""
@@ -555,15 +668,30 @@ class RolloutWorker(Worker):
     def setup(self) -> None:
         """Make the model; its weights come with `load`."""
         self._alone()
-        model = MiniGPT(self.job.config).to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        self.network = MiniGPT(self.job.config).to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        self.asleep = False
         o = self.job.options
         self.engine = GenerationEngine(
-            model,
+            self.network,
             slots=min(o.rollout_slots, max(o.answers_per_step, o.eval_prompts)),
             max_length=self.job.longest,
             batch_invariant=o.batch_invariant,
             prefix_cache_tokens=0,
         )
+
+    def sleep(self) -> None:
+        """Leave the device to others until `wake`: no cache, no weights in the order of the kernels."""
+        if not self.asleep:
+            self.engine.sleep()
+            super().sleep()
+            self.asleep = True
+
+    def wake(self) -> None:
+        """Be as before `sleep`; nothing happens to who does not sleep."""
+        if self.asleep:
+            super().wake()
+            self.engine.wake()
+            self.asleep = False
 
     def load(self, published: Published) -> Timed[int]:
         """Take the weights of a version; a version that is there already is not loaded again."""
@@ -572,6 +700,29 @@ class RolloutWorker(Worker):
             self.engine.load_weights(unpack(published, ray.get))
             self.version = published.version
         return Timed(self.version, time.perf_counter() - started)
+
+    @torch.no_grad()
+    def receive(self, version: int) -> Timed[str | None]:
+        """Take the weights of a version that is broadcast, bucket by bucket; what went wrong, if anything did."""
+        started = time.perf_counter()
+        assert self._transport is not None, "the controller lets nobody receive who has not joined"
+        self.version = -1  # until all of them are there
+        missing = dict(self.engine.model.named_parameters())
+        sizes = [data_bytes(entries) for entries in self._plan]
+        memory = torch.empty(max(sizes), dtype=torch.uint8, device=self._transport.device)
+        for entries, size in zip(self._plan, sizes, strict=True):
+            data = memory[:size]
+            try:
+                self._transport.broadcast(data)
+            except RuntimeError as error:
+                self._transport = None
+                return Timed(_first_line(error), time.perf_counter() - started)
+            for name, tensor in tensors_in(entries, data):
+                missing.pop(name).copy_(tensor)
+        assert not missing, f"nobody sent {list(missing)}"
+        self.engine.refresh()
+        self.version = version
+        return Timed(None, time.perf_counter() - started)
 
     def generate(self, request: PromptRequest) -> Timed[RolloutBatch]:
         """Answers to this worker's share of the prompts, those to a prompt adjacent, in the order of the request."""
@@ -612,6 +763,10 @@ class RolloutWorker(Worker):
             versions=np.full(sum(len(a.ids) for a in answers), self.version, dtype=np.int32),
         )
         return Timed(batch, time.perf_counter() - started)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def _flat(lists: Any, dtype: type) -> np.ndarray:

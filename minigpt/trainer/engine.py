@@ -31,6 +31,7 @@ from minigpt.model.model_critic import ScalarHead
 from minigpt.model.model_minigpt import LMHead
 
 from .muon import MUON, MuonWithAdamW
+from .sleep import Sleeper, tensors_within
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -145,6 +146,7 @@ class Engine:
             )
         self._engine.checkpoint_engine = _safe_checkpoint_engine()
         self._set_masters(masters)
+        self._sleeper = Sleeper(self.device)
         if compile:
             self._engine.compile()
 
@@ -268,6 +270,18 @@ class Engine:
     @staticmethod
     def _full_shape(parameter: nn.Parameter) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)
+
+    def sleep(self) -> None:
+        """Move weights, masters, gradients and optimizer state from the device to CPU memory, until `wake`.
+
+        Between two steps; nothing else may be called before `wake`, which brings every bit back.
+        """
+        module = self.module
+        self._sleeper.sleep(tensors_within([self._optimizer, *module.parameters(), *module.buffers()]))
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        self._sleeper.wake()
 
     def close(self) -> None:
         """Free DeepSpeed's buffers; the engine cannot be used afterwards."""

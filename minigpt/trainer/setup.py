@@ -83,8 +83,14 @@ def compile_wanted(options: TrainOptions, device: torch.device, run_flops: float
     return installed and run_flops >= _WORTH_COMPILING[device.type]
 
 
-def prepare_data(stage: Stage, options: TrainOptions, processes: Processes) -> Source:
+def prepare_data(
+    stage: Stage, options: TrainOptions, processes: Processes, valid_fraction: float = 0.02
+) -> Source:
     """Open the packed data, packing raw files (or the embedded micro-world) into the run folder first.
+
+    Args:
+        stage, options, processes: Of the run.
+        valid_fraction: Part of raw files that is set aside for validation.
 
     Errors: UserError when the data is missing, unfinished, damaged, or packed for another stage.
     """
@@ -93,7 +99,7 @@ def prepare_data(stage: Stage, options: TrainOptions, processes: Processes) -> S
     if folder is None:
         folder = Path(options.save_dir) / "data"
         if processes.rank == 0:
-            _pack_into(folder, stage, options)
+            _pack_into(folder, stage, options, valid_fraction)
         if processes.world_size > 1:
             torch.distributed.barrier()
     train = PackedDataset(folder, "train")
@@ -127,7 +133,7 @@ def _packed_folder(options: TrainOptions) -> Path | None:
     return path if packed else None
 
 
-def _pack_into(folder: Path, stage: Stage, options: TrainOptions) -> None:
+def _pack_into(folder: Path, stage: Stage, options: TrainOptions, valid_fraction: float) -> None:
     from data_prep.microworld import MicroWorldOptions, write_microworld
     from data_prep.pack import PackOptions, pack
 
@@ -145,7 +151,7 @@ def _pack_into(folder: Path, stage: Stage, options: TrainOptions) -> None:
             output=folder,
             tokenizer=options.tokenizer or _tokenizer_of(options.init),
             seq_len=options.seq_len,
-            valid_fraction=0.02,
+            valid_fraction=valid_fraction,
             overwrite=True,
         )
     )

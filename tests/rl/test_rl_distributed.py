@@ -15,6 +15,7 @@ from tiny_rl import arrays_of, make_job, make_policy, make_request, sample, with
 from minigpt.errors import UserError
 from minigpt.rl import cluster
 from minigpt.rl.batch import RolloutBatch
+from minigpt.rl.delivery import Delivery
 from minigpt.rl.group import WorkerDied, WorkerGroup, place
 from minigpt.rl.layout import Role, bundles, choose_layout, laptop
 from minigpt.rl.publish import unpack
@@ -37,6 +38,7 @@ class Result:
     metrics: list[dict[str, float]]
     weights: dict[str, torch.Tensor]
     published: dict[str, torch.Tensor]
+    received: dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -69,25 +71,62 @@ def batches(run) -> list[RolloutBatch]:
     return [filled, filled.take(np.array([3]))]
 
 
+def mortal() -> type:
+    """A class that Ray sends along, since it is in a function: actors cannot import this module."""
+
+    class MortalSampler(RolloutWorker):
+        """It shows its weights, and dies of the next ones if it is told so."""
+
+        doomed = False
+
+        def doom(self) -> None:
+            self.doomed = True
+
+        def receive(self, version: int):
+            import os
+            import signal
+
+            if self.doomed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().receive(version)
+
+        def weights(self) -> dict[str, np.ndarray]:
+            return {name: p.numpy() for name, p in self.engine.model.named_parameters()}
+
+    return MortalSampler
+
+
+def weights_of(samplers: WorkerGroup, rank: int = 0) -> dict[str, torch.Tensor]:
+    found = samplers.result(samplers.one(rank, "weights"), rank, "show")
+    return {name: torch.from_numpy(array.copy()) for name, array in found.items()}
+
+
 def learn(run: Path, folder: Path, batches: list[RolloutBatch], ranks: int, stage: int) -> Result:
     layout_file = folder / "layout.yaml"
-    layout_file.write_text(f"policy: {{workers: {ranks}, threads: 1}}\n")
+    layout_file.write_text(f"policy: {{workers: {ranks}, threads: 1}}\nrollout: {{threads: 1}}\n")
     layout = choose_layout(str(layout_file), 0)
-    needed = bundles(layout, ["policy"])
+    needed = bundles(layout, ["policy", "rollout"])
     placement = place(needed, 60)
     job = make_job(run, kl_coefficient=0.1, grad_clip=1.0, deepspeed=CONFIGS / f"zero{stage}.json", update_epochs=2)
     group = WorkerGroup(PolicyWorker, "policy", layout, needed, placement, (job,), 120.0)
+    samplers = WorkerGroup(mortal(), "rollout", layout, needed, placement, (job,), 120.0)
     try:
+        loading = samplers.all("setup")
         address = group.wait([group.one(0, "address")], "find a port")[0] if ranks > 1 else None
         group.wait(group.all("setup", address), "load")
         log_probs = group.wait(group.all("log_probs", batches[0]), "judge")[0].value
         metrics = [group.wait(group.all("update", batch, 1e-3, 0.1), "learn")[0].value for batch in batches]
         published = group.wait(group.all("publish", 1), "publish")[0].value
         found = {name: tensor.clone() for name, tensor in unpack(published, ray.get)}
+        samplers.wait(loading, "load")
+        delivery = Delivery(group, samplers, pytest.fail)
+        delivery.setup("broadcast")
+        delivery.publish(2)
         (path, _) = group.wait(group.all("export", folder), "export")[0]
-        return Result(log_probs, metrics, torch.load(path, weights_only=True), found)
+        return Result(log_probs, metrics, torch.load(path, weights_only=True), found, weights_of(samplers))
     finally:
         group.kill()
+        samplers.kill()
         remove_placement_group(placement)
 
 
@@ -143,6 +182,57 @@ def test_weights_that_come_while_answers_are_drawn_wait_for_their_end(run, batch
     for ours, theirs in zip(found[1::2], expected[1::2], strict=True):
         assert all(np.array_equal(array, arrays_of(theirs)[name]) for name, array in arrays_of(ours).items())
     assert not np.array_equal(found[1].tokens, found[3].tokens)
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: f"{world[0]} ranks, ZeRO {world[1]}")
+def test_what_is_broadcast_are_the_bits_that_the_store_holds_at_every_zero_stage(results, world):
+    found = results[world]
+    assert found.received.keys() == found.published.keys()
+    assert all(torch.equal(tensor, found.published[name]) for name, tensor in found.received.items())
+
+
+def test_who_missed_a_broadcast_gets_the_version_that_is_asked_for_and_the_next_one_reaches_all(run, batches):
+    """One of two samplers dies of version 1; the new one is asked for version 0, which the policy has left behind."""
+    layout = {**laptop(), "policy": Role(threads=1), "rollout": Role(workers=2, threads=1)}
+    needed = bundles(layout, ["policy", "rollout"])
+    placement = place(needed, 60)
+    said: list[str] = []
+    job = make_job(run)
+    policy = WorkerGroup(PolicyWorker, "policy", layout, needed, placement, (job,), 120.0)
+    samplers = WorkerGroup(mortal(), "rollout", layout, needed, placement, (job,), 120.0)
+    try:
+        loading = samplers.all("setup")
+        policy.wait(policy.all("setup", None), "load")
+        samplers.wait(loading, "load")
+        delivery = Delivery(policy, samplers, said.append)
+        delivery.setup("broadcast")
+        delivery.publish(0)
+        weights = {0: weights_of(samplers, 1)}
+        policy.wait(policy.all("update", batches[0], 1e-3, 0.0), "learn")
+        samplers.wait([samplers.one(1, "doom")], "be told")
+        delivery.publish(1)
+        assert "rollout worker 1 died" in " ".join(said)
+        samplers.restart(1)
+        delivery.forget(1)
+        samplers.wait([samplers.one(1, "setup")], "load")
+        for rank, version in ((0, 1), (1, 0), (1, 1)):
+            published = delivery.for_worker(rank, version)
+            loaded = samplers.result(samplers.one(rank, "load", published), rank, "load")
+            assert loaded.value == version
+            expected = weights.setdefault(version, weights_of(samplers, rank))
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(samplers, rank).items())
+        assert not torch.equal(weights[0]["model.norm.weight"], weights[1]["model.norm.weight"])
+        said.clear()
+        policy.wait(policy.all("update", batches[0], 1e-3, 0.0), "learn")
+        delivery.publish(2)
+        held = [weights_of(samplers, rank) for rank in (0, 1)]
+        assert all(torch.equal(tensor, held[1][name]) for name, tensor in held[0].items())
+        assert not torch.equal(held[0]["model.norm.weight"], weights[1]["model.norm.weight"])
+        assert not said
+    finally:
+        policy.kill()
+        samplers.kill()
+        remove_placement_group(placement)
 
 
 def stubborn() -> type:

@@ -23,6 +23,7 @@ from minigpt.rl.options import PPOOptions
 from minigpt.rl.prompts import PromptSource
 from minigpt.rl.reward_pool import RewardPool
 from minigpt.rl.roles import Roles
+from minigpt.rl.run import RLStage, _prompts
 from minigpt.trainer.setup import load_masters
 
 pytestmark = pytest.mark.slow
@@ -361,3 +362,12 @@ def test_ppo_learns_from_the_advantages_of_its_definition(start):
         assert np.array_equal(batch.columns["values"], values)
     assert np.abs(old - ref).max() > 1e-3
     assert np.abs(values).max() > 1e-2
+
+
+def test_every_record_of_a_raw_file_for_evaluation_is_asked(world):
+    """Nothing of it is set aside for a validation of its own."""
+    raw = world / "microworld" / "heldout_sums.jsonl"
+    options = make_job(world / "sft", eval_data=[raw], data=[world / "prompts"]).options
+    _, heldout = _prompts(RLStage("grpo"), options, world / "sft")
+    assert heldout is not None
+    assert len(heldout) == len(raw.read_text(encoding="utf-8").splitlines())

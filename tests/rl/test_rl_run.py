@@ -142,8 +142,8 @@ DISTURBED = [
 ]
 
 
-def start(world: Path, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "minigpt.cli", *arguments(world, "grpo", folder, "letters", *DISTURBED)]
+def start(world: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "minigpt.cli", *arguments(world, "grpo", folder, "letters", *DISTURBED, *options)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -202,6 +202,29 @@ def test_a_sampler_killed_in_mid_generation_changes_no_bit(world, undisturbed, t
     output = ended(driver)
     assert "rollout worker 0 died" in output
     assert "a new one answers the same prompts" in output
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_roles_that_take_turns_and_a_sampler_killed_in_its_turn_change_no_bit(world, undisturbed, tmp_path):
+    driver = start(world, tmp_path / "run", "--sleep=true")
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, driver)
+    kill_actor(driver, "RolloutWorker.generate")
+    assert "a new one answers the same prompts" in ended(driver)
+    assert all(line["seconds_turns"] > 0 for line in metrics_of(tmp_path / "run"))
+    assert all("seconds_turns" not in line for line in metrics_of(undisturbed)), "there is no GPU that roles share"
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_weights_by_broadcast_and_a_sampler_killed_under_it_change_no_bit(world, undisturbed, tmp_path):
+    """Two samplers here, one there."""
+    layout = tmp_path / "layout.yaml"
+    layout.write_text("rollout: {workers: 2}\n")
+    driver = start(world, tmp_path / "run", "--weight_transport=broadcast", f"--layout={layout}")
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, driver)
+    kill_actor(driver, "RolloutWorker.generate")
+    output = ended(driver)
+    assert "a new one answers the same prompts" in output
+    assert "object store" not in output, "each version was broadcast, also to the new one"
     assert_same_weights(tmp_path / "run", undisturbed)
 
 

@@ -2,8 +2,11 @@
 gradient against plain float64, weights on their way to the samplers bit for bit."""
 
 import copy
+import gc
 import inspect
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,11 +31,13 @@ from minigpt.model.model_critic import RewardModel, ValueModel
 from minigpt.rl import cluster
 from minigpt.rl.algorithms import group_advantages
 from minigpt.rl.batch import RolloutBatch, micro_batches, restore
+from minigpt.rl.group import own_address
 from minigpt.rl.losses import PolicyLossTerms, policy_objective
-from minigpt.rl.publish import unpack, weight_buckets
+from minigpt.rl.publish import bucket_plan, unpack, weight_buckets
 from minigpt.rl.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Worker
 from minigpt.trainer.checkpoint import checkpoint_folder
 from minigpt.trainer.setup import load_masters
+from minigpt.trainer.sleep import Sleeper
 
 pytestmark = pytest.mark.slow
 
@@ -337,7 +342,7 @@ def test_what_is_published_are_the_bits_that_the_policy_computes_with(tmp_path, 
     assert len(buckets) > 1 or bucket_bytes == 1 << 25
     published = policy.publish(0).value
     published = type(published)(3, buckets)
-    found = dict(unpack(published, lambda data: data))
+    found = dict(unpack(published, torch.Tensor.numpy))
     expected = dict(policy.network.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in expected.items():
@@ -406,6 +411,84 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(adapted):
     exact = reference_log_probs(policy.job, batch)
     assert np.array_equal(policy.reference_log_probs(batch).value, exact)
     assert np.abs(policy.log_probs(batch).value - exact).max() > 1e-3, "which has learned something"
+
+
+# --------------------------------------------------------------------------------------------------- sleeping, waking
+
+
+def bytes_held(*sleepers: Sleeper) -> int:
+    """Of all tensors in this process, without what sleepers have put aside."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
+    packed = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_mkldnn)
+    storages = {s._cdata: s for s in (tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn)}
+    whole = sum(storage.nbytes() for storage in storages.values()) + packed
+    return whole - sum(sleeper.bytes_on_cpu for sleeper in sleepers)
+
+
+TRAINERS = {
+    **{f"ZeRO {stage}": {"deepspeed": stage, "dtype": "fp32" if stage == 0 else "bf16"} for stage in range(4)},
+    "ZeRO 1, fp32": {"deepspeed": 1, "dtype": "fp32"},
+    "Muon": {"optimizer": "muon", "dtype": "bf16"},
+    "an adapter": {"lora_rank": 4},
+}
+
+
+@pytest.fixture
+def small_buckets(tmp_path):
+    """A function from a ZeRO stage to its configuration with buffers of the model's size, not of a large one's."""
+
+    def write(stage: int) -> Path:
+        path = tmp_path / f"zero{stage}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000}}))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("options", TRAINERS.values(), ids=TRAINERS)
+def test_a_policy_that_sleeps_between_updates_holds_nothing_meanwhile_and_learns_the_same_bits(
+    run, batch, small_buckets, options
+):
+    if "deepspeed" in options:
+        options = {**options, "deepspeed": small_buckets(options["deepspeed"])}
+    batch = with_columns(batch, advantages=advantages_of(batch))
+    before = bytes_held()
+    one, other = (make_policy(make_job(run, **options)) for _ in range(2))
+    for _ in range(3):
+        assert one.update(batch, 1e-2, 0.0).value == other.update(batch, 1e-2, 0.0).value
+        awake = bytes_held(one.engine._sleeper)
+        one.sleep()
+        freed = awake - bytes_held(one.engine._sleeper)
+        assert freed > 0.98 * ((awake - before) / 2 - len(one._bucket))  # what weights are published from stays
+        one.wake()
+        assert bytes_held(one.engine._sleeper) == pytest.approx(awake, rel=1e-3)
+        assert np.array_equal(one.log_probs(batch).value, other.log_probs(batch).value)
+    ours, theirs = one.engine.master_weights(), other.engine.master_weights()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_sampler_and_a_reference_that_slept_say_the_same(run, batch, dtype):
+    job = make_job(run, dtype=dtype)
+    published = make_policy(job).publish(0).value
+    before = bytes_held()
+    sampler, reference = RolloutWorker(0, 1, 1, job), ReferenceWorker(0, 1, 1, job)
+    sampler.setup(), reference.setup()
+    sampler.load(published)
+    answers, judged = sampler.generate(make_request()).value, reference.log_probs(batch).value[1]
+    awake = bytes_held() - before
+    for worker in (sampler, reference):
+        worker.sleep()
+        worker.sleep()
+    asleep = bytes_held(sampler._sleeper, reference._sleeper) - before
+    assert asleep < 0.1 * awake
+    for worker in (sampler, reference):
+        worker.wake()
+        worker.wake()
+    again = sampler.generate(make_request()).value
+    assert all(np.array_equal(array, arrays_of(again)[name]) for name, array in arrays_of(answers).items())
+    assert np.array_equal(reference.log_probs(batch).value[1], judged)
 
 
 # -------------------------------------------------------------------------------------------- critic and reward model
@@ -531,6 +614,15 @@ def calls_of_every_method(run, batch, folder) -> Iterator[tuple[Worker, str, lis
         yield worker, "setup", []
     for worker in (policy, critic, reference, reward, rollout):
         yield worker, "ping", []
+        yield worker, "gpu", []
+        yield worker, "sleep", []
+        yield worker, "wake", []
+        plan = bucket_plan(policy.network)
+        yield worker, "join_transport", ["gloo", own_address(), 0, 1, plan]  # a group of its own: it hears itself
+    yield policy, "open_transport", []
+    yield policy, "publish", [0, True]
+    yield policy, "store", [0]
+    yield rollout, "receive", [0]
     yield policy, "log_probs", [policy_batch]
     yield policy, "update", [policy_batch, 1e-3, 0.1]
     yield adapter, "reference_log_probs", [policy_batch]

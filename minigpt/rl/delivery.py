@@ -1,0 +1,105 @@
+"""Versions of weights on their way from the policy to the rollout workers, as the controller sees them.
+
+A version is either in the object store, or it was broadcast and each worker holds it already. The last two can always
+be had: what was broadcast stays in the memory of the policy's first rank too, which puts it into the store when
+somebody needs it who did not receive it. Such a one is a worker that replaces a dead one and is asked for the version
+of its predecessor's request, which with overlap is older than the policy is by now; so to broadcast again would not do.
+Broken groups are not mended: the next version finds all members anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ray
+
+from .group import WorkerDied, WorkerGroup
+from .publish import VERSIONS_KEPT, Published
+from .transport import Backend, choose_transport
+
+
+class Delivery:
+    """Who holds which version, and how the others get it.
+
+    Args:
+        policy: All its ranks publish, the first one sends.
+        rollout: Who receives.
+        say: Shows a sentence to the person who watches.
+    """
+
+    def __init__(self, policy: WorkerGroup, rollout: WorkerGroup, say: Callable[[str], None]) -> None:
+        self.policy, self.rollout, self.say = policy, rollout, say
+        self.backend: Backend | None = None
+        self._joined = False
+        self._versions: dict[int, Published] = {}
+        self._held: dict[int, int] = {}  # by rank of the rollout worker: what it was handed last
+
+    def setup(self, wanted: str) -> None:
+        """Choose the transport, once all workers are up; `wanted` is auto, store or broadcast."""
+        sender = self.policy.wait([self.policy.one(0, "gpu")], "name its device")
+        self.backend = choose_transport(wanted, sender + self.rollout.wait(self.rollout.all("gpu"), "name its device"))
+
+    def publish(self, version: int) -> list:
+        """Make the policy's weights, as they are now, available; returns what its ranks return."""
+        receiving = None if self.backend is None else self._begin(self.backend, version)
+        results = self.policy.wait(self.policy.all("publish", version, receiving is not None), "publish")
+        self._versions[version] = results[0].value
+        for rank, reference in enumerate(receiving or []):
+            self._note_receipt(rank, reference, version)
+        for old in sorted(self._versions)[:-VERSIONS_KEPT]:
+            del self._versions[old]
+        return results
+
+    def _begin(self, backend: Backend, version: int) -> list[ray.ObjectRef] | None:
+        """Let everybody listen. None: somebody is dead, and whoever waits for its answers will replace it."""
+        try:
+            # With overlap they may sample for long; who waits for a bucket must not count that as a hanging member
+            self.rollout.wait(self.rollout.all("ping"), "finish its answers")
+            if not self._joined:
+                self._joined = self._join(backend)
+            return self.rollout.all("receive", version) if self._joined else None
+        except WorkerDied as death:
+            if death.role != self.rollout.role:
+                raise
+            self._joined = False
+            return None
+
+    def _join(self, backend: Backend) -> bool:
+        address, plan = self.policy.wait([self.policy.one(0, "open_transport")], "find a port")[0]
+        size, shared = 1 + len(self.rollout), ray.put(plan)
+        sender = self.policy.one(0, "join_transport", backend, address, 0, size)
+        receivers = [
+            self.rollout.one(rank, "join_transport", backend, address, 1 + rank, size, shared)
+            for rank in range(len(self.rollout))
+        ]
+        failures = self.policy.wait([sender], "join the broadcast") + self.rollout.wait(receivers, "join the broadcast")
+        why = next(filter(None, failures), None)
+        if why is not None:
+            self.say(f"no process group for the broadcast of weights ({why}); this version takes the object store")
+        return why is None
+
+    def _note_receipt(self, rank: int, reference: ray.ObjectRef, version: int) -> None:
+        try:
+            failure = self.rollout.result(reference, rank, "receive weights").value
+        except WorkerDied as death:
+            failure = str(death)
+        if failure is None:
+            self._held[rank] = version
+            return
+        self.say(f"rollout worker {rank} did not receive version {version} ({failure}); it takes the object store")
+        self._held.pop(rank, None)
+        self._joined = False
+
+    def for_worker(self, rank: int, version: int) -> Published:
+        """What a rollout worker is to load: only a version number, if it holds that version."""
+        published = self._versions[version]
+        if self._held.get(rank) != version and not published.in_store:
+            (published,) = self.policy.wait([self.policy.one(0, "store", version)], "store weights")
+            self._versions[version] = published
+        self._held[rank] = version
+        return published
+
+    def forget(self, rank: int) -> None:
+        """A rollout worker was replaced: it holds nothing, and is in no group."""
+        self._held.pop(rank, None)
+        self._joined = False
