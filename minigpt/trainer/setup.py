@@ -83,9 +83,7 @@ def compile_wanted(options: TrainOptions, device: torch.device, run_flops: float
     return installed and run_flops >= _WORTH_COMPILING[device.type]
 
 
-def prepare_data(
-    stage: Stage, options: TrainOptions, processes: Processes, valid_fraction: float = 0.02
-) -> Source:
+def prepare_data(stage: Stage, options: TrainOptions, processes: Processes, valid_fraction: float = 0.02) -> Source:
     """Open the packed data, packing raw files (or the embedded micro-world) into the run folder first.
 
     Args:
