@@ -72,6 +72,27 @@ class Experience:
     metrics: dict[str, float]
 
 
+def without_dead_groups(
+    batch: RolloutBatch, advantages: np.ndarray, options: RLOptions
+) -> tuple[RolloutBatch, np.ndarray]:
+    """The answers whose advantage is not 0, and advantages that give the same gradient without the others.
+
+    With a single update π_old is π_θ, the loss is linear in the advantages, and an answer of advantage 0 adds exactly
+    nothing but to the denominator. So it is not computed, and the others' advantages take up the smaller denominator.
+
+    Args:
+        batch: S answers.
+        advantages: [S].
+        options: Its `aggregation` says what the denominator counts.
+    """
+    live = np.flatnonzero(advantages)
+    if len(live) in (0, len(batch)):
+        return batch, advantages
+    counts_tokens = options.aggregation == "token"
+    lengths = batch.answer_lens if counts_tokens else np.ones(len(batch))
+    return batch.take(live), advantages[live] * (lengths[live].sum() / lengths.sum())
+
+
 class Loop:
     """The algorithm.
 
@@ -216,8 +237,10 @@ class Loop:
             metrics |= self._estimate_advantages(experience, o)
         elif isinstance(o, GRPOOptions):
             rewards = torch.from_numpy(experience.rewards)
-            advantages = algorithms.group_advantages(rewards, o.samples_per_prompt, o.baseline)
-            batch.columns["advantages"] = batch.spread(advantages.numpy()).astype(np.float32)
+            advantages = algorithms.group_advantages(rewards, o.samples_per_prompt, o.baseline).numpy()
+            if o.updates_per_step == 1 and not o.pays_for_more_than_rewards:
+                batch, advantages = without_dead_groups(batch, advantages, o)
+            batch.columns["advantages"] = batch.spread(advantages).astype(np.float32)
         if isinstance(o, PPOOptions):
             rate = self._rate(o.critic_learning_rate)
             metrics |= self.roles.update_critic(batch, rate)
@@ -233,8 +256,7 @@ class Loop:
         o = self.options
         if isinstance(o, PPOOptions) and self.position.step < o.critic_warmup:
             return False
-        in_loss = o.entropy_coefficient or (o.kl_coefficient and o.kl_in == "loss")
-        return bool(in_loss or batch.columns["advantages"].any())
+        return o.pays_for_more_than_rewards or bool(batch.columns["advantages"].any())
 
     def _estimate_advantages(self, experience: Experience, o: PPOOptions) -> dict[str, float]:
         """PPO: the KL is taken off each token's reward, the answer's reward comes with its last token, then GAE."""

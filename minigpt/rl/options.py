@@ -221,6 +221,11 @@ class RLOptions:
         return bool(self.overlap) if self.behaviour_correction is None else self.behaviour_correction
 
     @property
+    def pays_for_more_than_rewards(self) -> bool:
+        """Whether the loss has terms besides the advantages: then answers of advantage 0 have a gradient, too."""
+        return bool(self.entropy_coefficient or (self.kl_coefficient and self.kl_in == "loss"))
+
+    @property
     def updates_per_step(self) -> int:
         """Optimizer steps of a step."""
         return self.minibatches * self.update_epochs

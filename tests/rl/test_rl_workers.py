@@ -32,6 +32,7 @@ from minigpt.rl import cluster
 from minigpt.rl.algorithms import group_advantages
 from minigpt.rl.batch import RolloutBatch, micro_batches, restore
 from minigpt.rl.group import own_address
+from minigpt.rl.loop import without_dead_groups
 from minigpt.rl.losses import PolicyLossTerms, policy_objective
 from minigpt.rl.publish import bucket_plan, unpack, weight_buckets
 from minigpt.rl.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Worker
@@ -587,6 +588,26 @@ def test_shares_of_several_reference_and_reward_workers_make_the_whole(run, batc
         assert len(found[0]) == lengths[method].sum()
         assert np.abs(found[0] - found[1]).max() < 1e-5
         assert found[0].std() > 1e-4
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_answers_of_advantage_0_are_left_out_and_the_update_stays_the_same(smooth_run, aggregation):
+    job = make_job(smooth_run, aggregation=aggregation)
+    batch = sample(make_policy(job))
+    advantages = np.random.default_rng(3).normal(size=len(batch)).astype(np.float32)
+    advantages[4:8] = advantages[12:] = 0.0
+    results, start = [], make_policy(job).engine.master_weights()
+    for given, values in ((batch, advantages), without_dead_groups(batch, advantages, job.options)):
+        policy = make_policy(job)
+        found = policy.update(with_columns(given, advantages=values), 1e-3, 0.0).value
+        learned = policy.engine.master_weights()
+        results.append((len(given), found["grad_norm"], found["loss"], {n: learned[n] - w for n, w in start.items()}))
+    (whole, norm, loss, steps), (live, live_norm, live_loss, live_steps) = results
+    assert (whole, live) == (16, 8)
+    assert live_norm == pytest.approx(norm, rel=1e-5)
+    assert live_loss == pytest.approx(loss, rel=1e-5)
+    for name, step in steps.items():  # AdamW's first step has the size of the rate, whatever rounding is left of a 0
+        assert ((live_steps[name] - step).norm() / step.norm()).item() < 1e-2, name
 
 
 # -------------------------------------------------------------------------------------------------- batches from Ray
