@@ -102,13 +102,13 @@ START_ACCURACY = 0.3  # of sums with thinking, where GRPO starts
 RECIPES = {
     "cpu-bf16": Recipe(
         {"preset": "s", "dtype": "bf16"},
-        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (250, 1e-3), "grpo": (90, 3e-4),
+        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (250, 1e-3), "grpo": (120, 3e-4),
             "reason": (310, 1e-3), "lora": (60, 4e-3)}, 0.40, 280,
     ),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,
          "num_key_value_heads": 3, "dtype": "fp32"},
-        8, {"pretrain": (600, 6e-3), "sft": (280, 3e-3), "reason_start": (250, 1e-3), "grpo": (90, 3e-4),
+        8, {"pretrain": (600, 6e-3), "sft": (280, 3e-3), "reason_start": (250, 1e-3), "grpo": (120, 3e-4),
             "reason": (230, 1e-3), "lora": (60, 4e-3)}, 0.45, 280,
     ),
     "gpu": Recipe(

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Sequence
@@ -162,7 +163,20 @@ def _pack(folder: Path, files: Sequence[str], package: Path) -> None:
 
 def _follow(client: JobSubmissionClient, job: str) -> int:
     client.get_job_info(job)  # is there such a job? The log's answer would be less clear
-    asyncio.run(_print_log(client, job))
+    failures: list[Exception] = []
+
+    def read() -> None:
+        try:
+            asyncio.run(_print_log(client, job))
+        except Exception as error:
+            failures.append(error)
+
+    # In a thread of its own, so that Ctrl-C need not wait until the server has closed the connection (10 s and more)
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join()
+    if failures:
+        raise failures[0]
     while not (info := client.get_job_info(job)).status.is_terminal():
         time.sleep(0.2)
     if info.status == JobStatus.SUCCEEDED:

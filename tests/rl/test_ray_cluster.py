@@ -327,7 +327,7 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back_and_how_to_stop_i
     job = jobs["sleeper"]
     assert any(line == "running\n" for line in job.stdout)
     job.send_signal(signal.SIGINT)
-    _, err = job.communicate(timeout=20)
+    _, err = job.communicate(timeout=60)
     assert job.returncode == 130
     after = err.partition("no longer following")[2]
     stop = re.search(r"\./launch/ray_submit\.sh (--address \S+ --stop \S+)$", after, re.MULTILINE)[1].split()
@@ -337,7 +337,7 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back_and_how_to_stop_i
     stopped = cluster.run("ray_submit.sh", *stop)
     assert stopped.returncode == 143
     assert "running\nsaved\n" in stopped.stdout
-    assert follower.communicate(timeout=20)[0].endswith("saved\n")
+    assert follower.communicate(timeout=60)[0].endswith("saved\n")
     assert follower.returncode == 143
 
 
