@@ -118,14 +118,7 @@ static void attend(const float* q, const float* own, const float* lent, int64_t 
         found = load(scores + t);
         most = found > most ? found : most;
     }
-    const float peak = greatest(most);
-    vec sums = {};
-    for (int64_t t = 0; t < tokens; t += W) {
-        vec weights = exp(load(scores + t) - peak);
-        store(scores + t, weights);
-        sums += weights;
-    }
-    const float total = sum(sums);
+    const float total = exponentiate(scores, tokens, greatest(most));
     for (int64_t d = 0; d < D; d += W) {
         vec even = {}, odd = {};  // two sums, since each addition waits for the one before
         for (int64_t t = 0; t < tokens; t += 2) {  // the weight behind the last one is 0

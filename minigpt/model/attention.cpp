@@ -105,7 +105,7 @@ struct Rows {
 
 static const ints LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Scores to weights e^(score - least upper bound), 0 behind the first `visible` of `width`; returns log Σ e^score and
+// Scores to weights e^(score - greatest score), 0 behind the first `visible` of `width`; returns log Σ e^score and
 // the factor that makes the weights sum to 1.
 static inline float soften(float* scores, int64_t visible, int64_t width, float& factor) {
     vec most = vec{} - INFINITY;
@@ -115,13 +115,7 @@ static inline float soften(float* scores, int64_t visible, int64_t width, float&
         most = x > most ? x : most;
     }
     const float peak = greatest(most);
-    vec sums = {};
-    for (int64_t t = 0; t < width; t += W) {
-        vec weights = exp(load(scores + t) - peak);
-        store(scores + t, weights);
-        sums += weights;
-    }
-    const float total = sum(sums);
+    const float total = exponentiate(scores, width, peak);
     factor = 1 / total;
     return peak + std::log(total);
 }

@@ -79,6 +79,17 @@ static inline vec exp(vec x) {
     return x < -87.0f ? vec{} : p * power;
 }
 
+// x to e^(x - peak), `width` numbers rounded up to whole vectors; returns their sum.
+static inline float exponentiate(float* x, int64_t width, float peak) {
+    vec sums = {};
+    for (int64_t i = 0; i < width; i += W) {
+        vec weights = exp(load(x + i) - peak);
+        store(x + i, weights);
+        sums += weights;
+    }
+    return sum(sums);
+}
+
 // The products of R rows of x, `stride` floats apart, with a panel of `width` rows; use(row, left, right) takes the sums.
 template <int R, class T, class Use>
 static inline void multiply(const float* x, int64_t stride, int64_t row, int64_t width, const T* panel, Use use) {

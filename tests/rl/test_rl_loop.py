@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_rewards
 import torch
-from tiny_rl import STOP_IDS, Call, InlineGroup, make_job, pack_prompts, plain_forward, write_run
+from tiny_rl import STOP_IDS, Call, InlineGroup, make_job, plain_forward, write_world
 
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import PackedDataset
@@ -34,10 +34,7 @@ PROMPTS, SAMPLES = 4, 2
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_run(root / "sft", sharpness=5.0)
-    pack_prompts(root)
-    return root
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_rewards
 import torch
-from tiny_rl import InlineGroup, metrics_of, pack_prompts, run_here, write_run
+from tiny_rl import InlineGroup, metrics_of, run_here, write_world
 
 from minigpt.rl import cluster
 from minigpt.rl.group import WorkerGroup
@@ -31,10 +31,7 @@ ADAPTIVE = ["--kl_coefficient=0.2", "--kl_target=0.05"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_run(root / "sft", sharpness=5.0)
-    pack_prompts(root)
-    return root
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module", autouse=True)

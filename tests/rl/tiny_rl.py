@@ -73,6 +73,13 @@ def pack_prompts(root: Path) -> Path:
     return options.output
 
 
+def write_world(root: Path) -> Path:
+    """A fine-tuned run in `sft`, and packed prompts in `prompts`."""
+    write_run(root / "sft", sharpness=5.0)
+    pack_prompts(root)
+    return root
+
+
 def make_job(init: Path, name: str = "grpo", row_length: int = 64, **options: Any) -> Job:
     """Of 4 prompts with 4 answers each, unless the options say otherwise."""
     kind = PPOOptions if name == "ppo" else GRPOOptions
