@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import generate
+import kernels
 import numpy as np
 import peer_hf
 import presets
@@ -59,6 +60,20 @@ def test_the_peer_learns(pretrain_rows, precision):
     losses = [float(step(batch)) for _ in range(12)]
     assert abs(losses[0] - math.log(SHAPE["vocab_size"])) < 0.5
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_kernels_are_compared_with_torch_on_the_same_input(monkeypatch):
+    """Both compute the same gradients, and afterwards each way was taken as often."""
+    for module in (kernels.attention, kernels.cross_entropy):
+        monkeypatch.setattr(module, "load_native", module.load_native)  # put back at the end
+    passes = [kernels.attention_pass(2, 64, 20, 4, 2, 16), kernels.loss_pass(0.5, 40)]
+    for one_pass in passes:
+        found = []
+        times = kernels.compare(lambda one=one_pass, kept=found: kept.append(one()), rounds=2)
+        assert [len(kind) for kind in times] == [2, 2]
+        for ours, torchs in zip(found[::2], found[1::2], strict=True):
+            for a, b in zip(ours, torchs, strict=True):
+                assert ((a - b).float().norm() / b.float().norm()).item() < 2e-2
 
 
 def conversations_of(window: list[dict[str, np.ndarray]]) -> Counter[bytes]:
