@@ -103,7 +103,7 @@ RECIPES = {
     "cpu-bf16": Recipe(
         {"preset": "s", "dtype": "bf16"},
         8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (250, 1e-3), "grpo": (120, 3e-4),
-            "reason": (310, 1e-3), "lora": (60, 4e-3)}, 0.40, 280,
+            "reason": (420, 1e-3), "lora": (60, 4e-3)}, 0.40, 280,
     ),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,
