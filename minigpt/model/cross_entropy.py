@@ -30,9 +30,8 @@ from .native import load_native
 
 SOURCE = Path(__file__).with_name("cross_entropy.cpp")
 _CHUNK_ELEMENTS = 1 << 23  # logits alive at a time: 32 MB in float32
-Numbers = Sequence[
-    torch.Tensor
-]  # of each token: log-normaliser, entropy, and the gradients of log-probability and entropy
+Numbers = Sequence[torch.Tensor]
+"""Of each token: log-normaliser, entropy, and the upstream gradients of its log-probability and entropy."""
 
 
 def linear_cross_entropy(
