@@ -1,8 +1,9 @@
 """The compiled kernels of a CPU against the same in torch: attention of packed rows, and the output layer's loss.
 
-    python benchmarks/kernels.py [--rounds 7] [--threads 2] [--json FILE] [--markdown FILE]
+    python benchmarks/kernels.py [--rounds 7] [--threads 2] [--dtype bf16] [--json FILE] [--markdown FILE]
 
-Milliseconds of a forward and a backward pass in bfloat16, the two in turn within every round. Attention: one layer,
+Milliseconds of a forward and a backward pass in the precision that the machine trains in, the two in turn within every
+round. Attention: one layer,
 document by document, `attention.cpp` against torch's flash kernel. Loss: 4,096 tokens, hidden 256, vocabulary 6,400,
 `cross_entropy.cpp` against torch's operators, which get the same tokens to work on.
 """
@@ -20,6 +21,9 @@ from common import output_arguments, publish, spread
 
 from minigpt.model import attention, cross_entropy
 from minigpt.model.native import load_native
+from minigpt.observe.hardware import probe_machine
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Documents in tokens, query and key/value heads, head size. Instructions and chats: drawn from exponential lengths.
 ATTENTION = {
@@ -35,10 +39,12 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     attention_cases = dict(list(ATTENTION.items())[:1]) if arguments.smoke else ATTENTION
-    cases = {name: attention_pass(*shape) for name, shape in attention_cases.items()}
-    cases |= {name: loss_pass(fraction, 512 if arguments.smoke else 4096) for name, fraction in LABELLED.items()}
+    dtype = DTYPES[arguments.dtype or probe_machine(0.2).dtype]
+    tokens = 512 if arguments.smoke else 4096
+    cases = {name: attention_pass(*shape, dtype) for name, shape in attention_cases.items()}
+    cases |= {name: loss_pass(fraction, tokens, dtype) for name, fraction in LABELLED.items()}
     found = {name: compare(one, 1 if arguments.smoke else arguments.rounds) for name, one in cases.items()}
-    lines = ["| | C++, ms | torch, ms | torch / C++ |", "|---|---:|---:|---:|"]
+    lines = [f"| {dtype} | C++, ms | torch, ms | torch / C++ |", "|---|---:|---:|---:|"]
     for name, (ours, torchs) in found.items():
         ratio = spread([b / a for a, b in zip(ours, torchs, strict=True)])
         cells = f"{statistics.median(ours):.1f} | {statistics.median(torchs):.1f}"
@@ -50,6 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=list(DTYPES))
     output_arguments(parser)
     return parser.parse_args()
 
@@ -68,23 +75,23 @@ def document_lengths(rows: int, row_length: int, mean: float | None) -> list[int
 
 
 def attention_pass(
-    rows: int, row_length: int, mean: float | None, heads: int, kv_heads: int, head_dim: int
+    rows: int, row_length: int, mean: float | None, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> Callable[[], object]:
     """Forward and backward of one layer's attention."""
     lengths = document_lengths(rows, row_length, mean)
     edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     q, k, v = (
-        torch.randn(rows * row_length, h, head_dim).bfloat16().requires_grad_() for h in (heads, kv_heads, kv_heads)
+        torch.randn(rows * row_length, h, head_dim).to(dtype).requires_grad_() for h in (heads, kv_heads, kv_heads)
     )
-    upstream = torch.randn(q.shape).bfloat16()
+    upstream = torch.randn(q.shape).to(dtype)
     operator = torch.ops.minigpt.document_attention
     return lambda: torch.autograd.grad(operator(q, k, v, edges)[0], (q, k, v), upstream)
 
 
-def loss_pass(labelled: float, tokens: int) -> Callable[[], object]:
+def loss_pass(labelled: float, tokens: int, dtype: torch.dtype) -> Callable[[], object]:
     """Forward and backward of the output layer with its loss."""
-    x = torch.randn(tokens, 256).bfloat16().requires_grad_()
-    weight = (0.02 * torch.randn(6400, 256)).bfloat16().requires_grad_()
+    x = torch.randn(tokens, 256).to(dtype).requires_grad_()
+    weight = (0.02 * torch.randn(6400, 256)).to(dtype).requires_grad_()
     labels = torch.where(torch.arange(tokens) < labelled * tokens, torch.randint(0, 6400, (tokens,)), -100)
     ones = torch.ones(tokens)
     return lambda: torch.autograd.grad(cross_entropy.linear_cross_entropy(x, weight, labels, ones), (x, weight))

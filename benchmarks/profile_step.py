@@ -52,6 +52,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--operations", type=int, default=0, help="also list this many single operations")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--smoke", action="store_true", help="few rows and steps, eager: does it run at all")
     arguments = parser.parse_args()
@@ -68,11 +69,12 @@ def _ours(arguments: argparse.Namespace, data: Path) -> Callable[[], None]:
     from minigpt.trainer.loop import to_tensors
     from minigpt.trainer.stage import StageModule, language_model_loss
 
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype]
     processes, packed_rows = init_processes(), PackedDataset(data, "train")
     model = MiniGPT(MiniGPTConfig(**CONFIG_S))
-    model.attention_backend = choose_backend(processes.device, packed_rows.seq_len, torch.bfloat16)
+    model.attention_backend = choose_backend(processes.device, packed_rows.seq_len, dtype)
     module = StageModule(model, language_model_loss)
-    engine = Engine(module, processes, dtype=torch.bfloat16, learning_rate=1e-3, compile=arguments.compile)
+    engine = Engine(module, processes, dtype=dtype, learning_rate=1e-3, compile=arguments.compile)
     batches = iter(BatchIterator(packed_rows, micro_batch_size=arguments.rows, global_batch_size=arguments.rows))
 
     def step() -> None:
@@ -91,7 +93,7 @@ def _peer(arguments: argparse.Namespace, data: Path) -> Callable[[], None]:
     arguments = argparse.Namespace(**vars(arguments), **CONFIG_S)
     arguments.data, arguments.steps = data, 10**9
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    one_step = peer_hf.make_step(peer_hf.build_model(arguments).to(device), "bf16", arguments.compile, 1e-3)
+    one_step = peer_hf.make_step(peer_hf.build_model(arguments).to(device), arguments.dtype, arguments.compile, 1e-3)
     batches = peer_hf.batches(arguments, device)
     return lambda: float(one_step(next(batches)))  # type: ignore[return-value, arg-type]
 

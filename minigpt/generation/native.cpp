@@ -53,6 +53,9 @@ struct Row {  // a token, where it belongs, and the slot whose first `shared` po
 };
 }
 
+// W, for who packs the weights.
+extern "C" int vector_width() { return W; }
+
 // x W^T of all rows, panel by panel; use(panel, row, left, right) takes the sums of its 2 W columns.
 template <class T, class Use>
 static void product(const float* x, int64_t rows, int64_t width, const void* packed, int64_t panels, Use use) {

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from minigpt.model.model_minigpt import Attention, FeedForward
 
 SOURCE = Path(__file__).with_name("native.cpp")
-VECTOR, PANEL = 16, 32  # W and COLUMNS there
 ROW = np.dtype([(name, np.int64) for name in ("id", "slot", "position", "lender", "shared")])
 DRAW = np.dtype(
     [
@@ -65,6 +64,12 @@ def library() -> ctypes.CDLL | None:
     return load_native(SOURCE)
 
 
+def vector() -> int:
+    """W there: numbers in a vector of this machine, two of which are the columns of a panel; 0: no compiled code."""
+    compiled = library()
+    return 0 if compiled is None else compiled.vector_width()
+
+
 class NativeDecoder:
     """The weights of a network as `native.cpp` reads them, and the two calls.
 
@@ -78,27 +83,28 @@ class NativeDecoder:
         assert compiled is not None
         self._library, self._decoder = compiled, decoder
         self._kept: list[torch.Tensor] = []  # what the addresses in `_network` point to
+        self._vector, self._panel = vector(), 2 * vector()
         self.vocab_size = decoder.model.config.vocab_size
-        self._stride = -(-self.vocab_size // PANEL) * PANEL
-        self.logits_BV = torch.zeros(slots, self._stride)[:, : self.vocab_size]
+        self._stride = -(-self.vocab_size // self._panel) * self._panel
+        self._slots, self.logits_BV = slots, torch.zeros(0)
         self.refresh()
 
     @staticmethod
     def covers(decoder: Decoder) -> bool:
         """Whether this network can be computed here."""
-        config, head = decoder.model.config, getattr(decoder.model, "lm_head", None)
+        config, head, W = decoder.model.config, getattr(decoder.model, "lm_head", None), vector()
         return (
             decoder.device.type == "cpu"
             and decoder.dtype in (torch.float32, torch.bfloat16)
             and head is not None
-            and config.hidden_size % PANEL == config.intermediate_size % VECTOR == config.head_dim % VECTOR == 0
+            and W > 0
+            and config.hidden_size % (2 * W) == config.intermediate_size % W == config.head_dim % W == 0
             and decoder.prepares
-            and library() is not None
         )
 
     def forget(self) -> None:
         """Free what `refresh` prepares."""
-        self._kept = []
+        self._kept, self.logits_BV = [], torch.zeros(0)
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -106,6 +112,9 @@ class NativeDecoder:
         decoder, transformer = self._decoder, self._decoder.model.model
         config = decoder.model.config
         self._kept = []
+        if not len(self.logits_BV):
+            with torch.inference_mode(False):  # or nobody could write into it elsewhere
+                self.logits_BV = torch.zeros(self._slots, self._stride)[:, : self.vocab_size]
         layers = (_Layer * config.num_hidden_layers)()
         for layer, block in zip(layers, transformer.layers, strict=True):
             attention, mlp = cast("Attention", block.self_attn), cast("FeedForward", block.mlp)
@@ -114,13 +123,13 @@ class NativeDecoder:
             layer.qkv = self._packed(torch.cat([adapted_weight(p) for p in heads]))
             if config.attention_bias:
                 bias = torch.cat([cast("torch.Tensor", p.bias) for p in heads])
-                layer.qkv_bias = self._floats(F.pad(bias, (0, -len(bias) % PANEL)))
+                layer.qkv_bias = self._floats(F.pad(bias, (0, -len(bias) % self._panel)))
             if config.qk_norm:
                 layer.q_norm = self._floats(norm_weight(attention.q_norm))
                 layer.k_norm = self._floats(norm_weight(attention.k_norm))
             layer.out = self._packed(adapted_weight(attention.o_proj))
             layer.mlp_norm = self._floats(norm_weight(block.post_attention_layernorm))
-            gate, up = (adapted_weight(p).unflatten(0, (-1, VECTOR)) for p in (mlp.gate_proj, mlp.up_proj))
+            gate, up = (adapted_weight(p).unflatten(0, (-1, self._vector)) for p in (mlp.gate_proj, mlp.up_proj))
             layer.gate_up = self._packed(torch.cat((gate, up), dim=1).flatten(0, 1))
             layer.down = self._packed(adapted_weight(mlp.down_proj))
         self._network = _Network(
@@ -149,10 +158,10 @@ class NativeDecoder:
         return self._address(tensor.detach().float())
 
     def _packed(self, weight_NK: torch.Tensor) -> int:
-        """[N, K] → [N / PANEL, K, PANEL]; the last panel is filled up with zeros."""
-        panels = F.pad(weight_NK, (0, 0, 0, -len(weight_NK) % PANEL)).unflatten(0, (-1, PANEL))
+        """[N, K] → [panels, K, columns of a panel]; the last panel is filled up with zeros."""
+        panels = F.pad(weight_NK, (0, 0, 0, -len(weight_NK) % self._panel)).unflatten(0, (-1, self._panel))
         if weight_NK.dtype == torch.bfloat16:  # in pairs, each of which is a word
-            panels = panels.unflatten(1, (2, VECTOR)).transpose(1, 2).flatten(1, 2)
+            panels = panels.unflatten(1, (2, self._vector)).transpose(1, 2).flatten(1, 2)
         return self._address(panels.transpose(1, 2))
 
     def decode(self, rows: Sequence[tuple[int, int, int, int, int]], cache: KVCache) -> None:

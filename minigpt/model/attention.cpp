@@ -1,7 +1,7 @@
 // Causal attention within the documents of packed rows, on a CPU, forward and backward.
 //
 // A task is a document and a key/value head: its keys and values are brought once into float32 panels, which stay in the
-// core's cache while the queries come by, ROWS at a time. Scores exist for these ROWS queries only; what lies behind a
+// core's cache while the queries come by, TILE at a time. Scores exist for these queries only; what lies behind a
 // query, or in another document, is neither read nor computed. Everything is summed in float32 by one thread in a fixed
 // order, so a document's result depends on nothing but itself.
 //
@@ -14,6 +14,8 @@
 #include "vectors.h"
 
 #include <vector>
+
+constexpr int TILE = 8;  // queries that come by together; a multiple of ROWS
 
 extern "C" {
 
@@ -78,32 +80,35 @@ struct Panels {
     }
 };
 
-// ROWS rows of floats, `stride` apart.
+// TILE rows of floats, `stride` apart.
 struct Rows {
     std::vector<float> memory;
     int64_t stride = 0;
 
-    void resize(int64_t width) { stride = width, memory.assign(ROWS * width, 0); }
+    void resize(int64_t width) { stride = width, memory.assign(TILE * width, 0); }
     float* operator[](int64_t row) { return memory.data() + row * stride; }
 
     // Those of tokens `start` to `start + count - 1`, times a factor; 0 in the rows behind.
     template <class T>
     void fill(const Heads& x, int64_t start, int64_t count, int64_t head, int64_t D, float factor) {
         for (int64_t r = 0; r < count; r++) read(vector_at<T>(x, start + r, head), D, factor, (*this)[r]);
-        for (int64_t r = count; r < ROWS; r++) std::fill((*this)[r], (*this)[r] + D, 0.0f);
+        for (int64_t r = count; r < TILE; r++) std::fill((*this)[r], (*this)[r] + D, 0.0f);
     }
 
-    // This times the first `panels` panels of `width` rows, into the columns of `to`.
-    void times(Panels& other, int64_t panels, int64_t width, Rows& to) {
+    // The first `count` of these times the first `panels` panels of `width` rows, into the columns of `to`.
+    void times(Panels& other, int64_t panels, int64_t width, int64_t count, Rows& to) {
         for (int64_t p = 0; p < panels; p++)
-            multiply<ROWS>(memory.data(), stride, 0, width, other[p], [&](int64_t r, vec left, vec right) {
-                store(to[r] + p * COLUMNS, left);
-                store(to[r] + p * COLUMNS + W, right);
-            });
+            for (int64_t row = 0; row < count; row += ROWS)
+                multiply<ROWS>(memory.data(), stride, row, width, other[p], [&](int64_t r, vec left, vec right) {
+                    store(to[r] + p * COLUMNS, left);
+                    store(to[r] + p * COLUMNS + W, right);
+                });
     }
 };
 
-static const ints LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+template <int... I>
+static constexpr ints numbers(std::integer_sequence<int, I...>) { return ints{I...}; }
+static const ints LANES = numbers(std::make_integer_sequence<int, W>());  // 0, 1, 2, …
 
 // Scores to weights e^(score - greatest score), 0 behind the first `visible` of `width`; returns log Σ e^score and
 // the factor that makes the weights sum to 1.
@@ -129,7 +134,7 @@ static void add_transposed_product(Rows& weights, Rows& rows, int64_t tokens, fl
 #pragma GCC unroll 8
             for (int i = 0; i < ROWS; i++)
                 sums[i][0] = load(at + i * rows.stride), sums[i][1] = load(at + i * rows.stride + W);
-            for (int r = 0; r < ROWS; r++) {
+            for (int r = 0; r < TILE; r++) {
                 const vec left = load(rows[r] + column), right = load(rows[r] + column + W);
                 const float* factors = weights[r] + t;
 #pragma GCC unroll 8
@@ -150,15 +155,15 @@ static void attend(const Attention& a, int64_t start, int64_t L, int64_t g) {
     values.channels<T>(a.v, start, L, g, D);
     queries.resize(D), scores.resize(round_up(L, COLUMNS)), mixed.resize(channel_panels * COLUMNS);
     for (int64_t h = g * group; h < (g + 1) * group; h++)
-        for (int64_t i = 0; i < L; i += ROWS) {
-            const int64_t count = std::min<int64_t>(ROWS, L - i), seen = i + count;
+        for (int64_t i = 0; i < L; i += TILE) {
+            const int64_t count = std::min<int64_t>(TILE, L - i), seen = i + count;
             const int64_t panels = round_up(seen, COLUMNS) / COLUMNS;
-            float factors[ROWS];
+            float factors[TILE];
             queries.fill<T>(a.q, start + i, count, h, D, 1 / std::sqrt((float)D));
-            queries.times(keys, panels, D, scores);
+            queries.times(keys, panels, D, count, scores);
             for (int64_t r = 0; r < count; r++)
                 a.log_sums[(start + i + r) * a.H + h] = soften(scores[r], i + r + 1, round_up(seen, W), factors[r]);
-            scores.times(values, channel_panels, seen, mixed);
+            scores.times(values, channel_panels, seen, count, mixed);
             for (int64_t r = 0; r < count; r++)
                 write(mixed[r], D, factors[r], (T*)a.out + ((start + i + r) * a.H + h) * D);
         }
@@ -180,14 +185,14 @@ static void attend_backward(const Attention& a, int64_t start, int64_t L, int64_
     weights.resize(round_up(L, COLUMNS)), slopes.resize(round_up(L, COLUMNS));
     dk.assign(round_up(L, ROWS) * stride, 0), dv.assign(round_up(L, ROWS) * stride, 0);
     for (int64_t h = g * group; h < (g + 1) * group; h++)
-        for (int64_t i = 0; i < L; i += ROWS) {
-            const int64_t count = std::min<int64_t>(ROWS, L - i), seen = i + count;
+        for (int64_t i = 0; i < L; i += TILE) {
+            const int64_t count = std::min<int64_t>(TILE, L - i), seen = i + count;
             const int64_t panels = round_up(seen, COLUMNS) / COLUMNS;
             queries.fill<T>(a.q, start + i, count, h, D, scale);
             grads.fill<T>(a.grad, start + i, count, h, D, 1);
-            queries.times(key_columns, panels, D, weights);
-            grads.times(value_columns, panels, D, slopes);
-            for (int64_t r = 0; r < ROWS; r++) {
+            queries.times(key_columns, panels, D, count, weights);
+            grads.times(value_columns, panels, D, count, slopes);
+            for (int64_t r = 0; r < TILE; r++) {
                 const int64_t token = start + i + r, visible = r < count ? i + r + 1 : 0;
                 float log_sum = 0, dot = 0;
                 if (visible) {
@@ -204,7 +209,7 @@ static void attend_backward(const Attention& a, int64_t start, int64_t L, int64_
                     store(slopes[r] + t, is_seen ? p * (load(slopes[r] + t) - dot) : vec{});
                 }
             }
-            slopes.times(key_channels, channel_panels, seen, mixed);
+            slopes.times(key_channels, channel_panels, seen, count, mixed);
             for (int64_t r = 0; r < count; r++)
                 write(mixed[r], D, scale, (T*)a.dq + ((start + i + r) * a.H + h) * D);
             add_transposed_product(weights, grads, seen, dv.data());

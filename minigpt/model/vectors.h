@@ -7,10 +7,21 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
-constexpr int W = 16;            // floats that are computed together
-constexpr int COLUMNS = 2 * W;   // of a panel, a piece of a weight matrix: [width, COLUMNS]
-constexpr int ROWS = 8;          // rows that are multiplied by a panel together: what fits into the registers
+// W: floats that are computed together, those of a register: of longer vectors GCC makes single numbers in places.
+// ROWS: rows that are multiplied by a panel together; their 2 ROWS sums must fit into the registers, of which there are 32
+// or 16. It divides COLUMNS.
+#if defined(__AVX512F__)
+constexpr int W = 16, ROWS = 8;
+#elif defined(__AVX__)
+constexpr int W = 8, ROWS = 4;
+#elif defined(__aarch64__)
+constexpr int W = 4, ROWS = 8;
+#else
+constexpr int W = 4, ROWS = 4;
+#endif
+constexpr int COLUMNS = 2 * W;  // of a panel, a piece of a weight matrix: [width, COLUMNS]
 
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t ints __attribute__((vector_size(4 * W)));
@@ -42,6 +53,12 @@ static inline void load_both(const bf16* from, vec& left, vec& right) {
     left = (vec)(w << 16), right = (vec)(w & 0xffff0000u);
 }
 
+// a0 + a1, a2 + a3, … b0 + b1, …
+template <int... I>
+static inline vec add_neighbours(vec a, vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, 2 * I + 1 ...);
+}
+
 // A vector of the sums of W vectors, make(0) to make(W - 1): neighbours are added in pairs, again and again.
 template <int N = W, class Make>
 static inline vec sums_of(Make make, int first = 0) {
@@ -49,8 +66,7 @@ static inline vec sums_of(Make make, int first = 0) {
         return make(first);
     } else {
         vec a = sums_of<N / 2>(make, first), b = sums_of<N / 2>(make, first + N / 2);
-        return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-               __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        return add_neighbours(a, b, std::make_integer_sequence<int, W>());
     }
 }
 

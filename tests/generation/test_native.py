@@ -2,8 +2,10 @@
 
 import math
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,3 +198,27 @@ def test_without_a_compiler_the_engine_computes_with_torch(tmp_path, reason):
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert run.stdout == "9\n", run.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have one width of vectors")
+@pytest.mark.parametrize(("architecture", "width"), [("x86-64", 4), ("x86-64-v3", 8)])
+def test_the_compiled_code_is_right_with_vectors_of_every_width(tmp_path, architecture, width):
+    """The kernels' own tests again, compiled for older machines than this one may be."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -march={architecture}\n')
+    compiler.chmod(0o755)
+    program = (
+        "import sys, pytest\n"
+        "from minigpt.generation.native import vector\n"
+        f"assert vector() == {width}, vector()\n"
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    tests = Path(__file__).parents[1]
+    files = [__file__, str(tests / "model" / "test_attention.py"), str(tests / "model" / "test_cross_entropy.py")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, "-qx", "-k", "not every_width and not without_a_compiler", *files],
+        env={**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
