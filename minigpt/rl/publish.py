@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors end to end: `data` is uint8 bytes, a reference to them in Ray's object store, or None: elsewhere."""
+    """Some tensors: `data` is the bytes of each (uint8), a reference to them in Ray's store, or None: elsewhere."""
 
     entries: list[Entry]
     data: Any
@@ -74,16 +74,17 @@ class _Item(NamedTuple):
         return Entry(self.name, tuple(shape), self.parameter.dtype)
 
 
-def weight_buckets(
-    network: nn.Module, engine: Engine, bucket_bytes: int = BUCKET_BYTES, memory: torch.Tensor | None = None
-) -> Iterator[Bucket]:
+@torch.no_grad()
+def weight_buckets(network: nn.Module, engine: Engine, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
     """The network's weights as its forward pass uses them, as uint8 tensors on the engine's device.
 
-    All ranks walk it; only rank 0 gets any bytes. With `memory` (uint8, as long as the largest bucket) every bucket
-    lies in it, until the next one comes: memory that is new to the process takes longer to get than to fill.
+    All ranks walk it; only rank 0 gets any bytes. They are the weights themselves wherever these are whole, so what is
+    wanted of a bucket must be copied before the next one comes.
     """
     for items in _plan(network, bucket_bytes):
-        yield _fill(items, engine, memory)
+        with engine.gathered([parameter for item in items for parameter in item.needs]):
+            entries = [item.entry for item in items] if engine.processes.rank == 0 else []
+            yield Bucket(entries, [_bytes_of(item) for item in items[: len(entries)]])
 
 
 def bucket_plan(network: nn.Module, bucket_bytes: int = BUCKET_BYTES) -> list[list[Entry]]:
@@ -116,44 +117,35 @@ def _items(network: nn.Module) -> Iterator[_Item]:
             yield _Item(f"{owner}.{name}", module, parameter, needs)
 
 
-@torch.no_grad()
-def _fill(items: list[_Item], engine: Engine, memory: torch.Tensor | None) -> Bucket:
-    with engine.gathered([parameter for item in items for parameter in item.needs]):
-        if engine.processes.rank != 0:
-            return Bucket([], torch.zeros(0, dtype=torch.uint8))
-        pieces: list[torch.Tensor] = []
-        for _, module, parameter, needs in items:
-            tensor: torch.Tensor = parameter
-            if isinstance(module, LoRA) and len(needs) > 1 and parameter is module.weight:
-                tensor = module.adapted_weight()
-            pieces.append(_aligned(tensor.detach().contiguous().flatten().view(torch.uint8)))
-        entries = [item.entry for item in items]
-        return Bucket(entries, torch.cat(pieces, out=None if memory is None else memory[: data_bytes(entries)]))
-
-
-def _aligned(data: torch.Tensor) -> torch.Tensor:
-    """Bytes padded to a multiple of `ALIGNMENT`, so that any dtype may follow."""
-    rest = -len(data) % ALIGNMENT
-    return torch.nn.functional.pad(data, (0, rest)) if rest else data
+def _bytes_of(item: _Item) -> torch.Tensor:
+    """uint8, flat; of an adapted weight, with its adapter merged."""
+    tensor: torch.Tensor = item.parameter
+    if isinstance(item.module, LoRA) and len(item.needs) > 1 and item.parameter is item.module.weight:
+        tensor = item.module.adapted_weight()
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def data_bytes(entries: Sequence[Entry]) -> int:
-    """Length of a bucket's data."""
+    """Room that the tensors of a bucket take end to end."""
     return sum(entry.nbytes + -entry.nbytes % ALIGNMENT for entry in entries)
 
 
-def tensors_in(entries: Sequence[Entry], data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of every weight in a bucket, as views of its bytes."""
-    offset = 0
-    for entry in entries:
-        yield entry.name, data[offset : offset + entry.nbytes].view(entry.dtype).view(entry.shape)
-        offset += entry.nbytes + -entry.nbytes % ALIGNMENT
+def split(entries: Sequence[Entry], memory: torch.Tensor) -> list[torch.Tensor]:
+    """The bytes of every tensor in a bucket, as views of memory (uint8) in which they lie end to end."""
+    starts = [data_bytes(entries[:number]) for number in range(len(entries))]
+    return [memory[start : start + entry.nbytes] for start, entry in zip(starts, entries, strict=True)]
 
 
-def unpack(published: Published, fetch: Callable[[Any], np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_in(entries: Sequence[Entry], data: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of every weight in a bucket, as views of their bytes."""
+    for entry, piece in zip(entries, data, strict=True):
+        yield entry.name, piece.view(entry.dtype).view(entry.shape)
+
+
+def unpack(published: Published, fetch: Callable[[Any], list[np.ndarray]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of every weight; the tensors are read-only views of what `fetch(bucket.data)` returns."""
     for bucket in published.buckets:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch says that the array must not be written to
-            data = torch.from_numpy(fetch(bucket.data))
+            warnings.simplefilter("ignore", UserWarning)  # torch says that the arrays must not be written to
+            data = [torch.from_numpy(array) for array in fetch(bucket.data)]
         yield from tensors_in(bucket.entries, data)

@@ -48,6 +48,7 @@ from .publish import (
     Published,
     bucket_plan,
     data_bytes,
+    split,
     tensors_in,
     unpack,
     weight_buckets,
@@ -356,9 +357,7 @@ class PolicyWorker(TrainedWorker):
         )
         self._make_engine(network, policy_objective(self.terms), processes, o.learning_rate)
         self._sent: dict[int, list[torch.Tensor]] = {}  # versions that were broadcast, by bucket
-        largest = max(data_bytes(entries) for entries in bucket_plan(network)) if self.rank == 0 else 0
-        self._bucket = torch.empty(largest, dtype=torch.uint8, device=self.device)
-        self._bucket_on_host = self._bucket if self.device.type == "cpu" else self._host_memory(largest)
+        self._memory: dict[torch.device, torch.Tensor] = {}  # room for the largest bucket, by where it is
         return self.describe()
 
     def _host_memory(self, size: int) -> torch.Tensor:
@@ -478,15 +477,15 @@ class PolicyWorker(TrainedWorker):
         started = time.perf_counter()
         kept = self._memory_to_keep() if broadcast else []
         buckets = []
-        for number, bucket in enumerate(weight_buckets(self.network, self.engine, memory=self._bucket)):
+        for number, bucket in enumerate(weight_buckets(self.network, self.engine)):
             if self.rank != 0:
                 continue
             if broadcast:
-                self._send(bucket.data)
-                kept[number].copy_(bucket.data)
+                self._send(bucket)
+                _lay(bucket, kept[number])
                 buckets.append(Bucket(bucket.entries, None))
             else:
-                buckets.append(Bucket(bucket.entries, self._put(bucket.data)))
+                buckets.append(Bucket(bucket.entries, self._put(bucket)))
         if kept:
             self._sent[version] = kept
         return Timed(Published(version, buckets), time.perf_counter() - started)
@@ -499,25 +498,41 @@ class PolicyWorker(TrainedWorker):
             return self._sent.pop(min(self._sent))
         return [self._host_memory(data_bytes(entries)) for entries in bucket_plan(self.network)]
 
-    def _send(self, data: torch.Tensor) -> None:
+    def _send(self, bucket: Bucket) -> None:
         if self._transport is None:
             return
         try:
-            self._transport.broadcast(data.to(self._transport.device))
+            self._transport.broadcast(self._end_to_end(bucket, self._transport.device))
         except RuntimeError:
             self._transport = None
 
-    def _put(self, data: torch.Tensor) -> ray.ObjectRef:
-        on_host = self._bucket_on_host[: len(data)]
-        if data.device.type != "cpu":
-            on_host.copy_(data)
-        return ray.put(on_host.numpy())
+    def _put(self, bucket: Bucket) -> ray.ObjectRef:
+        """The bucket in the object store: straight from the weights on a CPU, by way of pinned memory from a GPU."""
+        data = bucket.data
+        if self.device.type != "cpu":
+            data = split(bucket.entries, self._end_to_end(bucket, torch.device("cpu")))
+        return ray.put([piece.numpy() for piece in data])
+
+    def _end_to_end(self, bucket: Bucket, device: torch.device) -> torch.Tensor:
+        """The bucket in one piece, until the next one comes: new memory takes longer to get than to fill."""
+        memory = self._memory.get(device)
+        if memory is None:
+            size = max(data_bytes(entries) for entries in bucket_plan(self.network))
+            on_host = device.type == "cpu"
+            memory = self._host_memory(size) if on_host else torch.empty(size, dtype=torch.uint8, device=device)
+            self._memory[device] = memory
+        memory = memory[: data_bytes(bucket.entries)]
+        _lay(bucket, memory)
+        return memory
 
     def store(self, version: int) -> Published:
         """A version that was broadcast, in the object store; asked of rank 0."""
         plan = bucket_plan(self.network)
         kept = zip(plan, self._sent[version], strict=True)
-        return Published(version, [Bucket(entries, ray.put(data.numpy())) for entries, data in kept])
+        return Published(
+            version,
+            [Bucket(entries, ray.put([piece.numpy() for piece in split(entries, data)])) for entries, data in kept],
+        )
 
     def export(self, folder: Path) -> list[str]:
         """Write the finished weights into the run folder; all ranks call it, rank 0 writes."""
@@ -528,6 +543,12 @@ class PolicyWorker(TrainedWorker):
         return [
             str(path) for path in self.stage.write_weights(folder, self.network, weights, self.job.tokenizer, options)
         ]
+
+
+def _lay(bucket: Bucket, memory: torch.Tensor) -> None:
+    """Put the tensors of a bucket end to end."""
+    for place, piece in zip(split(bucket.entries, memory), bucket.data, strict=True):
+        place.copy_(piece)
 
 
 @dataclass
@@ -717,7 +738,7 @@ class RolloutWorker(Worker):
             except RuntimeError as error:
                 self._transport = None
                 return Timed(_first_line(error), time.perf_counter() - started)
-            for name, tensor in tensors_in(entries, data):
+            for name, tensor in tensors_in(entries, split(entries, data)):
                 missing.pop(name).copy_(tensor)
         assert not missing, f"nobody sent {list(missing)}"
         self.engine.refresh()

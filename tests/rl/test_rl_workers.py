@@ -343,7 +343,7 @@ def test_what_is_published_are_the_bits_that_the_policy_computes_with(tmp_path, 
     assert len(buckets) > 1 or bucket_bytes == 1 << 25
     published = policy.publish(0).value
     published = type(published)(3, buckets)
-    found = dict(unpack(published, torch.Tensor.numpy))
+    found = dict(unpack(published, lambda pieces: [piece.numpy() for piece in pieces]))
     expected = dict(policy.network.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in expected.items():
@@ -461,7 +461,7 @@ def test_a_policy_that_sleeps_between_updates_holds_nothing_meanwhile_and_learns
         awake = bytes_held(one.engine._sleeper)
         one.sleep()
         freed = awake - bytes_held(one.engine._sleeper)
-        assert freed > 0.98 * ((awake - before) / 2 - len(one._bucket))  # what weights are published from stays
+        assert freed > 0.98 * (awake - before) / 2
         one.wake()
         assert bytes_held(one.engine._sleeper) == pytest.approx(awake, rel=1e-3)
         assert np.array_equal(one.log_probs(batch).value, other.log_probs(batch).value)
