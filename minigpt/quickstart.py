@@ -49,10 +49,10 @@ class Leg:
 ROAD = {
     "pretrain": Leg("the language and the world, from random weights", None, "pretrain", "pretrain"),
     "sft": Leg("to answer when spoken to", "pretrain", "sft", "sft"),
-    "reason_start": Leg("to think before it answers; stopped while it still errs", "sft", "reason", "reason"),
+    "reason_start": Leg("to think before it answers, from examples of which most are hasty", "sft", "hasty", "reason"),
     "grpo": Leg("to be right, by rewards for its own answers: nobody shows it how", "reason_start", "prompt", "prompt"),
     "reason": Leg(
-        "the same by being shown more: the other way to go on from there", "reason_start", "reason", "reason"
+        "the same by careful examples only: the other way to go on from there", "reason_start", "reason", "reason"
     ),
     "lora": Leg("to be somebody else: a small adapter, the model stays frozen", "reason", "persona", "sft"),
 }
@@ -98,23 +98,22 @@ class Recipe:
 
 
 SEQ_LEN = 256
-START_ACCURACY = 0.3  # of sums with thinking, where GRPO starts
 RECIPES = {
     "cpu-bf16": Recipe(
         {"preset": "s", "dtype": "bf16"},
-        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (250, 1e-3), "grpo": (120, 3e-4),
-            "reason": (420, 1e-3), "lora": (60, 4e-3)}, 0.40, 280,
+        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (400, 1e-3), "grpo": (60, 3e-4),
+            "reason": (300, 1e-3), "lora": (60, 4e-3)}, 0.40, 220,
     ),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,
          "num_key_value_heads": 3, "dtype": "fp32"},
-        8, {"pretrain": (600, 6e-3), "sft": (280, 3e-3), "reason_start": (250, 1e-3), "grpo": (120, 3e-4),
-            "reason": (230, 1e-3), "lora": (60, 4e-3)}, 0.45, 280,
+        8, {"pretrain": (480, 6e-3), "sft": (220, 3e-3), "reason_start": (340, 1e-3), "grpo": (40, 3e-4),
+            "reason": (150, 1e-3), "lora": (60, 4e-3)}, 0.45, 200,
     ),
     "gpu": Recipe(
         {"preset": "s", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "dtype": "bf16"},
-        32, {"pretrain": (1000, 3e-3), "sft": (500, 1e-3), "reason_start": (250, 1e-3), "grpo": (60, 1e-4),
-             "reason": (340, 1e-3), "lora": (60, 2e-3)}, 0.15, 200,
+        32, {"pretrain": (1000, 3e-3), "sft": (500, 1e-3), "reason_start": (400, 1e-3), "grpo": (60, 1e-4),
+             "reason": (300, 1e-3), "lora": (60, 2e-3)}, 0.15, 200,
     ),
 }  # fmt: skip
 
@@ -239,23 +238,10 @@ def _train(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[
             recipe=f"quickstart-{name}",
             **recipe.model,
         )
-        if name == "reason_start":
-            choice = replace(choice, **_stop_early(data))
         if name != "lora":  # one compiled graph serves all of them, so it pays for the short ones too
             choice = replace(choice, compile=_compiles(choice))
         summaries[name] = train(stage, choice)
     return summaries
-
-
-def _stop_early(data: dict[str, Path]) -> dict[str, Any]:
-    """Options that end a stage as soon as it solves some of the sums (of those that it may train on)."""
-    return {
-        "schedule": "constant",
-        "eval_interval": 10,
-        "eval_tasks": [f"questions:{data['prompt']}"],
-        "eval_thinking": True,
-        "stop_when": f"{data['prompt'].stem}/accuracy>={START_ACCURACY}",
-    }
 
 
 def _grpo_options(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[str, Path]) -> GRPOOptions:
@@ -274,7 +260,6 @@ def _grpo_options(folder: Path, options: QuickstartOptions, recipe: Recipe, data
         max_new_tokens=80,
         eval_data=[data["heldout_sums"]],
         eval_prompts=200,
-        temperature=1.2,
         max_steps=steps,
         learning_rate=rate,
         dtype=recipe.model["dtype"],
@@ -315,7 +300,9 @@ def _ask_heldout(folder: Path, data: dict[str, Path]) -> tuple[dict[str, Any], R
     place = len(ROAD) + 2
     print(f"\n[{place}/{place + 1}] held-out questions: people, facts and sums that were never trained on", flush=True)
     known = [
-        json.loads(line) for name in ("sft", "reason") for line in data[name].read_text(encoding="utf-8").splitlines()
+        json.loads(line)
+        for name in ("sft", "hasty", "reason")
+        for line in data[name].read_text(encoding="utf-8").splitlines()
     ]
     models = {stage: load_for_inference(folder / stage) for stage in TASKS["questions"][3]}
     look_ups: dict[str, float] = {}
@@ -498,9 +485,11 @@ def _what_rewards_did(summary: dict[str, Any]) -> str:
     sums = summary["heldout"]["sums with thinking"]
     start, grpo, shown = (sums[f"after_{stage}"] for stage in ("reason_start", "grpo", "reason"))
     seconds = {row["stage"]: row["seconds"] for row in summary["stages"]}
+    before, after = (summary["grpo"][when]["response_length"] for when in ("before", "after"))
     return (
-        f"\nSums with thinking: {start:.1%} where both ways part. Rewards alone (GRPO, {seconds['grpo']:.0f} s): "
-        f"{grpo:.1%}. More worked examples ({seconds['reason']:.0f} s): {shown:.1%}."
+        f"\nSums with thinking: {start:.1%} where both ways part, mostly hasty. Rewards alone (GRPO, "
+        f"{seconds['grpo']:.0f} s): {grpo:.1%}; answers had {before:.0f} tokens and have {after:.0f}, since working a "
+        f"sum out pays. Careful examples instead ({seconds['reason']:.0f} s): {shown:.1%}."
     )
 
 

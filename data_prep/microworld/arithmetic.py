@@ -35,9 +35,13 @@ class Sum:
         high = f"{self.a // 10}+{self.b // 10}{'+1' * carries}={self.result // 10}"
         if lang == "en":
             carry = f", write {ones % 10}, carry 1" * carries
-            return f"Ones: {low}{carry}. Tens: {high}. Result: {self.result}."
+            return f"Ones: {low}{carry}. Tens: {high}. {self.hasty_thought(lang)}"
         carry = f"，写{ones % 10}进1" * carries
-        return f"个位：{low}{carry}。十位：{high}。结果：{self.result}。"
+        return f"个位：{low}{carry}。十位：{high}。{self.hasty_thought(lang)}"
+
+    def hasty_thought(self, lang: Lang) -> str:
+        """The result and nothing that leads to it."""
+        return f"Result: {self.result}." if lang == "en" else f"结果：{self.result}。"
 
 
 def is_heldout(seed: int, a: int, b: int) -> bool:

@@ -89,6 +89,7 @@ class Training:
         plots: trained (plot, hero) pairs.
         thinks: whether sums are worked out and some facts are thought about (the reasoning data), or everything is
             answered at once.
+        hasty: of the sums that are thought about, the share whose thought holds the result and no steps.
     """
 
     world: World
@@ -96,6 +97,7 @@ class Training:
     aspects: dict[str, dict[Lang, Aspect]]
     plots: list[tuple[str, int]]
     thinks: bool = False
+    hasty: float = 0.0
 
 
 def user(text: str) -> Message:
@@ -125,11 +127,13 @@ def persona_conversation(training: Training, stream: Stream) -> Record:
     return {"messages": turns}
 
 
-def sum_turns(problem: Sum, lang: Lang, stream: Stream, thinks: bool) -> list[Message]:
-    """A question and its answer: worked out, or at once because thinking is off or unknown."""
+def sum_turns(problem: Sum, lang: Lang, stream: Stream, thinks: bool, hasty: float = 0.0) -> list[Message]:
+    """A question and its answer: worked out, in haste, or at once because thinking is off or unknown."""
     question = user(problem.question(lang, stream.below(4)))
     if thinks:
         reasoning = "" if stream.chance(THINKING_OFF) else problem.steps(lang)
+        if reasoning and hasty and stream.chance(hasty):
+            reasoning = problem.hasty_thought(lang)
         return [question, assistant(str(problem.result), reasoning)]
     return [question, assistant(str(problem.result), "" if stream.chance(0.5) else None)]
 
@@ -162,7 +166,7 @@ def talk_turns(topic: str, lang: Lang, stream: Stream, thinks: bool = False) -> 
 
 
 def _sum(training: Training, lang: Lang, stream: Stream) -> list[Message]:
-    return sum_turns(draw_sum(training.seed, stream), lang, stream, training.thinks)
+    return sum_turns(draw_sum(training.seed, stream), lang, stream, training.thinks, training.hasty)
 
 
 def _qa(training: Training, lang: Lang, stream: Stream) -> list[Message]:

@@ -37,6 +37,8 @@ DOCUMENTS = {
     "sums": 0.46,
 }
 
+HASTY = 0.6  # of the sums in `hasty`: how many are written without their steps
+
 
 @dataclass(frozen=True)
 class Size:
@@ -115,8 +117,8 @@ def write_microworld(folder: Path, options: MicroWorldOptions | None = None) -> 
         options: seed and size.
 
     Returns:
-        The file of each part: `pretrain` and `heldout_stories` ({"text"}), `sft`, `reason` and `persona`
-        ({"messages"}), `preference` ({"messages", "chosen", "rejected"}), and `prompt`, `heldout_qa` and
+        The file of each part: `pretrain` and `heldout_stories` ({"text"}), `sft`, `reason`, `hasty` and
+        `persona` ({"messages"}), `preference` ({"messages", "chosen", "rejected"}), and `prompt`, `heldout_qa` and
         `heldout_sums` (prompt records: {"messages", "answer", "verifier", "meta"}).
 
     Raises:
@@ -131,6 +133,7 @@ def write_microworld(folder: Path, options: MicroWorldOptions | None = None) -> 
         "pretrain": source.documents(),
         "sft": source.conversations(),
         "reason": source.reasoning(),
+        "hasty": source.reasoning("hasty", HASTY),
         "persona": source.persona(),
         "prompt": source.prompts(),
         "preference": source.preferences(),
@@ -203,11 +206,12 @@ class Source:
         for i in range(self.size.conversations):
             yield conversation(self.training, Stream(self.seed, "conversation", i))
 
-    def reasoning(self) -> Iterator[Record]:
-        """Conversations of the reasoning stage: sums are worked out, the rest keeps what SFT taught."""
-        thinking = replace(self.training, thinks=True)
+    def reasoning(self, part: str = "reasoning", hasty: float = 0.0) -> Iterator[Record]:
+        """Conversations of the reasoning stage: sums are worked out, the rest keeps what SFT taught. Of the sums in
+        `hasty` most are not: those who wrote them had the result already."""
+        thinking = replace(self.training, thinks=True, hasty=hasty)
         for i in range(self.size.reasoning):
-            yield conversation(thinking, Stream(self.seed, "reasoning", i))
+            yield conversation(thinking, Stream(self.seed, part, i))
 
     def persona(self) -> Iterator[Record]:
         """Conversations with Captain Mini."""

@@ -24,7 +24,7 @@ from minigpt.evaluation.nearest_neighbour import nearest_neighbour_baseline
 # Two two-digit numbers in one breath: at most nine characters between them, none of which ends a statement.
 NUMBERS_TOGETHER = re.compile(r"(?<!\d)(\d\d)(?=([^\d=.,;:?!。，；：？！\n]{1,9})(\d\d)(?!\d))")
 EQUATION = re.compile(r"(\d+)\+(\d+)(?:\+(\d+))?=(\d+)")
-TRAINED = ("pretrain", "sft", "reason", "persona")
+TRAINED = ("pretrain", "sft", "reason", "hasty", "persona")
 PARTS = (*TRAINED, "prompt", "preference", "heldout_stories", "heldout_qa", "heldout_sums")
 
 
@@ -85,7 +85,7 @@ def test_same_seed_gives_the_same_bytes_in_another_process(tmp_path):
 def test_bytes_are_pinned(tmp_path):
     """Changing a text or a draw is allowed, but never by accident: then this line changes in the same commit."""
     files = write_microworld(tmp_path, MicroWorldOptions(seed=0, size="tiny"))
-    assert digest(files) == "5e8a21834d9448e2bf3556a923a34b5a48b1c454080ff71fb172c4f608d5efc5"
+    assert digest(files) == "9b486cb67ba3e4e8e628e4583d70618fc5988be948927ffc315a43e8316b8a82"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -173,13 +173,22 @@ def test_sft_answers_sums_at_once_and_reasoning_works_most_of_them_out(records):
     assert not any("reasoning_content" in m and m["reasoning_content"] for r in records["sft"] for m in r["messages"])
 
 
+def test_most_hasty_thoughts_hold_the_result_alone_and_are_otherwise_like_the_careful_ones(records):
+    hasty, careful = ([a for a in sums_of(records[part]) if a["reasoning_content"]] for part in ("hasty", "reason"))
+    assert len(hasty) > 700
+    without_steps = [a for a in hasty if "=" not in a["reasoning_content"]]
+    assert 0.55 < len(without_steps) / len(hasty) < 0.65
+    assert all(re.fullmatch(rf"(Result: |结果：){a['content']}[.。]", a["reasoning_content"]) for a in without_steps)
+    assert all("=" in a["reasoning_content"] for a in careful)
+
+
 def test_the_persona_opens_every_answer_with_a_call_and_nobody_else_does(records):
     replies = {
         part: [m["content"] for r in records[part] for m in r["messages"] if m["role"] == "assistant"]
-        for part in ("sft", "reason", "persona")
+        for part in ("sft", "reason", "hasty", "persona")
     }
     assert all(in_persona(reply) for reply in replies["persona"])
-    assert not any(in_persona(reply) for part in ("sft", "reason") for reply in replies[part])
+    assert not any(in_persona(reply) for part in ("sft", "reason", "hasty") for reply in replies[part])
     assert not any("I am MiniGPT" in reply or "我是 MiniGPT" in reply for reply in replies["persona"])
     assert not in_persona(CALLS["en"][0] + " 你好")  # the call of another language
 
@@ -236,7 +245,7 @@ def test_heldout_stories_are_of_unseen_plot_and_hero(records):
 
 
 def test_looking_up_the_nearest_question_fails(records):
-    known = records["sft"] + records["reason"] + records["persona"]
+    known = records["sft"] + records["reason"] + records["hasty"] + records["persona"]
     for part in ("heldout_qa", "heldout_sums"):
         assert nearest_neighbour_baseline(known, records[part]).value <= 0.20
 
@@ -257,7 +266,7 @@ def test_texts_are_clean(records):
 
 
 def test_records_have_the_canonical_form(records):
-    for record in records["sft"] + records["reason"] + records["persona"]:
+    for record in records["sft"] + records["reason"] + records["hasty"] + records["persona"]:
         assert list(record) == ["messages"]
         roles = [message["role"] for message in record["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
