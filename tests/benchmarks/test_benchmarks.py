@@ -62,11 +62,12 @@ def test_the_peer_learns(pretrain_rows, precision):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_kernels_are_compared_with_torch_on_the_same_input(monkeypatch):
+@pytest.mark.parametrize("dtype", kernels.DTYPES.values(), ids=kernels.DTYPES)
+def test_kernels_are_compared_with_torch_on_the_same_input(monkeypatch, dtype):
     """Both compute the same gradients, and afterwards each way was taken as often."""
     for module in (kernels.attention, kernels.cross_entropy):
         monkeypatch.setattr(module, "load_native", module.load_native)  # put back at the end
-    passes = [kernels.attention_pass(2, 64, 20, 4, 2, 16), kernels.loss_pass(0.5, 40)]
+    passes = [kernels.attention_pass(2, 64, 20, 4, 2, 16, dtype), kernels.loss_pass(0.5, 40, dtype)]
     for one_pass in passes:
         found = []
         times = kernels.compare(lambda one=one_pass, kept=found: kept.append(one()), rounds=2)
