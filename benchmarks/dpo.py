@@ -108,7 +108,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--save_dir", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.smoke and not arguments.task:
-        arguments.rounds, arguments.steps, arguments.pairs, arguments.compile = 2, 1, 4, False
+        arguments.rounds, arguments.steps, arguments.pairs, arguments.compile = 1, 1, 4, False
     return arguments
 
 

@@ -91,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.rounds, arguments.steps, arguments.rows, arguments.peers = 2, 2, 4, ["eager"]
+        arguments.rounds, arguments.steps, arguments.rows, arguments.peers = 1, 2, 4, ["eager"]
         arguments.shapes = arguments.shapes[:1]
     return arguments
 

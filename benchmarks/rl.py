@@ -32,6 +32,8 @@ import psutil
 from common import CONFIG_S, REPOSITORY, Contender, output_arguments, publish, running, spread
 from grpo import prepare
 
+from minigpt.observe.hardware import probe_machine
+
 PARTS = ("publish", "overlap", "memory")
 STAGES = (0, 1, 2, 3)
 TRANSPORTS = {"object store": None, "broadcast": "gloo"}
@@ -65,10 +67,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samplers", type=int, default=1, help="rollout workers when overlapping")
     parser.add_argument("--prompts", type=int, default=8, help="of a GRPO step, each with 4 answers of --tokens")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of GRPO and PPO; by default the machine's best")
     output_arguments(parser)
     for name in ("--task", "--folder", "--save_dir", "--overlap"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.dtype = arguments.dtype or probe_machine(0.2).dtype
     if arguments.smoke and not arguments.task:
         arguments.rounds, arguments.steps, arguments.prompts, arguments.tokens = 1, 1, 2, 8
     return arguments
@@ -235,7 +239,7 @@ def measure_overlap(arguments: argparse.Namespace, folder: Path) -> tuple[dict[s
     s = {name: statistics.median(values) for name, values in found.items()}
     table = "\n".join(
         [
-            f"A GRPO step, one policy and {arguments.samplers} sampler(s), a thread each:",
+            f"A GRPO step in {arguments.dtype}, one policy and {arguments.samplers} sampler(s), a thread each:",
             "",
             "| without overlap, s | of it sampling | with overlap, s | gain | at most | share |",
             "|---:|---:|---:|---:|---:|---:|",
@@ -335,7 +339,7 @@ def _contender(arguments: argparse.Namespace, folder: Path, task: str, overlap: 
     command = [
         *(sys.executable, str(Path(__file__).resolve()), "--task", task, "--folder", str(folder)),
         *("--save_dir", str(save_dir), "--overlap", str(overlap)),
-        *("--prompts", str(arguments.prompts), "--tokens", str(arguments.tokens)),
+        *("--prompts", str(arguments.prompts), "--tokens", str(arguments.tokens), "--dtype", arguments.dtype),
     ]
     name = f"{task}, overlap {overlap}"
     return Contender(name, command, save_dir / "metrics.jsonl", folder / f"{task}{overlap}.log")
@@ -361,7 +365,7 @@ def train(arguments: argparse.Namespace) -> None:
         kl_in="reward" if arguments.task == "ppo" else "loss",
         overlap=int(arguments.overlap),
         layout=str(folder / "layout.yaml"),
-        dtype="bf16",
+        dtype=arguments.dtype,
         compile=False,
         threads=1,
         eval_prompts=1,

@@ -92,7 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.smoke and not arguments.task:
-        arguments.rounds, arguments.steps, arguments.warmup, arguments.compile = 2, 1, 1, False
+        arguments.rounds, arguments.steps, arguments.warmup, arguments.compile = 1, 1, 1, False
     return arguments
 
 

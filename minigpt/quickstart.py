@@ -486,10 +486,11 @@ def _what_rewards_did(summary: dict[str, Any]) -> str:
     start, grpo, shown = (sums[f"after_{stage}"] for stage in ("reason_start", "grpo", "reason"))
     seconds = {row["stage"]: row["seconds"] for row in summary["stages"]}
     before, after = (summary["grpo"][when]["response_length"] for when in ("before", "after"))
+    found_out = "; working a sum out pays" if after > before and grpo > start else ""
     return (
-        f"\nSums with thinking: {start:.1%} where both ways part, mostly hasty. Rewards alone (GRPO, "
-        f"{seconds['grpo']:.0f} s): {grpo:.1%}; answers had {before:.0f} tokens and have {after:.0f}, since working a "
-        f"sum out pays. Careful examples instead ({seconds['reason']:.0f} s): {shown:.1%}."
+        f"\nSums with thinking: {start:.1%} where both ways part. Rewards alone (GRPO, {seconds['grpo']:.0f} s): "
+        f"{grpo:.1%}, with answers of {after:.0f} instead of {before:.0f} tokens{found_out}. Careful examples instead "
+        f"({seconds['reason']:.0f} s): {shown:.1%}."
     )
 
 

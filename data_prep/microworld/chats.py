@@ -2,7 +2,8 @@
 
 A conversation is a list of turns: one topic or several, in one language or switching between the two. There are three
 kinds of data. SFT answers everything at once, sums too. Reasoning works sums out first: `reasoning_content` holds the
-steps, except where thinking is switched off (the empty string). The persona gives SFT's answers as a pirate would.
+steps, except where thinking is switched off (the empty string), and in haste the result alone. The persona gives SFT's
+answers as a pirate would.
 """
 
 from dataclasses import dataclass
@@ -87,8 +88,7 @@ class Training:
         seed: decides which operand pairs of sums are trained.
         aspects: the trained aspects of MiniGPT itself, by name.
         plots: trained (plot, hero) pairs.
-        thinks: whether sums are worked out and some facts are thought about (the reasoning data), or everything is
-            answered at once.
+        thinks: whether sums and some facts are thought about (the reasoning data), or everything is answered at once.
         hasty: of the sums that are thought about, the share whose thought holds the result and no steps.
     """
 

@@ -37,7 +37,7 @@ DOCUMENTS = {
     "sums": 0.46,
 }
 
-HASTY = 0.6  # of the sums in `hasty`: how many are written without their steps
+HASTY = 0.6  # of the thoughts about a sum in `hasty`: how many hold its result and no steps
 
 
 @dataclass(frozen=True)

@@ -343,11 +343,15 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- weights
 
-    def load_weights(self, named_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> int:
+    def load_weights(
+        self, named_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], adopt: bool = False
+    ) -> int:
         """Puts new weights into the model, in place, and forgets all that older ones computed; between two steps.
 
         Args:
             named_tensors: All parameters by their names, in any dtype; a tied output layer may be there or not.
+            adopt: Tensors that fit in dtype and device become the parameters' memory themselves, which saves a copy.
+                It may be read-only; nobody may write into it from now on.
 
         Returns:
             The version of the weights now.
@@ -369,7 +373,11 @@ class Engine:
                 )
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+                tensor = tensors[name]
+                if adopt and (tensor.dtype, tensor.device) == (parameter.dtype, parameter.device):
+                    parameter.data = tensor
+                else:
+                    parameter.copy_(tensor)
         return self.refresh()
 
     def refresh(self) -> int:

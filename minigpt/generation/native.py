@@ -92,14 +92,14 @@ class NativeDecoder:
     @staticmethod
     def covers(decoder: Decoder) -> bool:
         """Whether this network can be computed here."""
-        config, head, W = decoder.model.config, getattr(decoder.model, "lm_head", None), vector()
+        config, head = decoder.model.config, getattr(decoder.model, "lm_head", None)
         return (
             decoder.device.type == "cpu"
             and decoder.dtype in (torch.float32, torch.bfloat16)
             and head is not None
-            and W > 0
-            and config.hidden_size % (2 * W) == config.intermediate_size % W == config.head_dim % W == 0
             and decoder.prepares
+            and (W := vector()) > 0
+            and config.hidden_size % (2 * W) == config.intermediate_size % W == config.head_dim % W == 0
         )
 
     def forget(self) -> None:

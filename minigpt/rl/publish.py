@@ -22,7 +22,7 @@ from minigpt.trainer.engine import Engine
 
 BUCKET_BYTES = 32 << 20
 VERSIONS_KEPT = 2
-ALIGNMENT = 8  # of every tensor in a bucket
+ALIGNMENT = 8  # of tensors that lie end to end
 
 
 class Entry(NamedTuple):
@@ -134,6 +134,12 @@ def split(entries: Sequence[Entry], memory: torch.Tensor) -> list[torch.Tensor]:
     """The bytes of every tensor in a bucket, as views of memory (uint8) in which they lie end to end."""
     starts = [data_bytes(entries[:number]) for number in range(len(entries))]
     return [memory[start : start + entry.nbytes] for start, entry in zip(starts, entries, strict=True)]
+
+
+def lay(bucket: Bucket, memory: torch.Tensor) -> None:
+    """Put the tensors of a bucket end to end into memory (uint8), where `split` finds them."""
+    for place, piece in zip(split(bucket.entries, memory), bucket.data, strict=True):
+        place.copy_(piece)
 
 
 def tensors_in(entries: Sequence[Entry], data: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

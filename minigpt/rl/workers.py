@@ -48,6 +48,7 @@ from .publish import (
     Published,
     bucket_plan,
     data_bytes,
+    lay,
     split,
     tensors_in,
     unpack,
@@ -482,7 +483,7 @@ class PolicyWorker(TrainedWorker):
                 continue
             if broadcast:
                 self._send(bucket)
-                _lay(bucket, kept[number])
+                lay(bucket, kept[number])
                 buckets.append(Bucket(bucket.entries, None))
             else:
                 buckets.append(Bucket(bucket.entries, self._put(bucket)))
@@ -522,7 +523,7 @@ class PolicyWorker(TrainedWorker):
             memory = self._host_memory(size) if on_host else torch.empty(size, dtype=torch.uint8, device=device)
             self._memory[device] = memory
         memory = memory[: data_bytes(bucket.entries)]
-        _lay(bucket, memory)
+        lay(bucket, memory)
         return memory
 
     def store(self, version: int) -> Published:
@@ -543,12 +544,6 @@ class PolicyWorker(TrainedWorker):
         return [
             str(path) for path in self.stage.write_weights(folder, self.network, weights, self.job.tokenizer, options)
         ]
-
-
-def _lay(bucket: Bucket, memory: torch.Tensor) -> None:
-    """Put the tensors of a bucket end to end."""
-    for place, piece in zip(split(bucket.entries, memory), bucket.data, strict=True):
-        place.copy_(piece)
 
 
 @dataclass
@@ -718,7 +713,8 @@ class RolloutWorker(Worker):
         """Take the weights of a version; a version that is there already is not loaded again."""
         started = time.perf_counter()
         if published.version != self.version:
-            self.engine.load_weights(unpack(published, ray.get))
+            # On a CPU the object store's memory becomes the weights': it stays as long as they refer to it
+            self.engine.load_weights(unpack(published, ray.get), adopt=True)
             self.version = published.version
         return Timed(self.version, time.perf_counter() - started)
 
@@ -729,6 +725,9 @@ class RolloutWorker(Worker):
         assert self._transport is not None, "the controller lets nobody receive who has not joined"
         self.version = -1  # until all of them are there
         missing = dict(self.engine.model.named_parameters())
+        for parameter in missing.values():
+            if not parameter.untyped_storage().resizable():  # of the object store, where nothing may be written
+                parameter.data = torch.empty_like(parameter)
         sizes = [data_bytes(entries) for entries in self._plan]
         memory = torch.empty(max(sizes), dtype=torch.uint8, device=self._transport.device)
         for entries, size in zip(self._plan, sizes, strict=True):

@@ -34,7 +34,7 @@ from minigpt.rl.batch import RolloutBatch, micro_batches, restore
 from minigpt.rl.group import own_address
 from minigpt.rl.loop import without_dead_groups
 from minigpt.rl.losses import PolicyLossTerms, policy_objective
-from minigpt.rl.publish import bucket_plan, unpack, weight_buckets
+from minigpt.rl.publish import Bucket, bucket_plan, data_bytes, lay, split, unpack, weight_buckets
 from minigpt.rl.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Worker
 from minigpt.trainer.checkpoint import checkpoint_folder
 from minigpt.trainer.setup import load_masters
@@ -339,7 +339,11 @@ def test_what_stands_where_nothing_was_sampled_changes_neither_loss_nor_gradient
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_is_published_are_the_bits_that_the_policy_computes_with(tmp_path, dtype, tied, bucket_bytes):
     policy = make_policy(make_job(write_run(tmp_path / "sft", 10.0, tied), dtype=dtype))
-    buckets = list(weight_buckets(policy.network, policy.engine, bucket_bytes))
+    buckets = []
+    for bucket in weight_buckets(policy.network, policy.engine, bucket_bytes):  # each is good until the next one comes
+        memory = torch.empty(data_bytes(bucket.entries), dtype=torch.uint8)
+        lay(bucket, memory)
+        buckets.append(Bucket(bucket.entries, split(bucket.entries, memory)))
     assert len(buckets) > 1 or bucket_bytes == 1 << 25
     published = policy.publish(0).value
     published = type(published)(3, buckets)
@@ -379,6 +383,24 @@ def test_a_version_that_is_there_already_is_not_loaded_again(run):
     reloaded = worker.engine.version
     worker.load(published)
     assert worker.engine.version == reloaded
+
+
+def test_a_sampler_answers_from_the_stores_memory_and_never_writes_into_it(run):
+    """A broadcast after that goes into memory of its own; here of a group that consists of the sampler alone."""
+    policy = make_policy(make_job(run))
+    published = policy.publish(0).value
+    worker = RolloutWorker(0, 1, 1, policy.job)
+    worker.setup()
+    worker.load(published)
+    parameters = list(worker.network.parameters())
+    assert not any(parameter.untyped_storage().resizable() for parameter in parameters)
+    worker.join_transport("gloo", own_address(), 0, 1, bucket_plan(policy.network))
+    assert worker.receive(1).value is None
+    assert all(parameter.untyped_storage().resizable() for parameter in parameters)
+    stored = dict(unpack(published, ray.get))
+    assert all(torch.equal(stored[name], p) for name, p in policy.network.named_parameters())
+    worker.load(published)
+    assert all(torch.equal(stored[name], p) for name, p in worker.network.named_parameters())
 
 
 @pytest.fixture
