@@ -107,8 +107,8 @@ RECIPES = {
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,
          "num_key_value_heads": 3, "dtype": "fp32"},
-        8, {"pretrain": (480, 6e-3), "sft": (220, 3e-3), "reason_start": (340, 1e-3), "grpo": (40, 3e-4),
-            "reason": (150, 1e-3), "lora": (60, 4e-3)}, 0.45, 200,
+        8, {"pretrain": (480, 6e-3), "sft": (220, 3e-3), "reason_start": (380, 1e-3), "grpo": (50, 3e-4),
+            "reason": (170, 1e-3), "lora": (60, 4e-3)}, 0.45, 200,
     ),
     "gpu": Recipe(
         {"preset": "s", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "dtype": "bf16"},
