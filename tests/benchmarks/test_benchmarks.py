@@ -168,6 +168,7 @@ def weights_of(shape: dict[str, int]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # without bf16 units
 def test_one_command_runs_every_benchmark(tmp_path):
     script = str(REPOSITORY / "benchmarks" / "gpu.sh")
     ended = subprocess.run([script, "--smoke", str(tmp_path)], capture_output=True, text=True, env=os.environ)
