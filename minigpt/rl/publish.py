@@ -37,6 +37,11 @@ class Entry(NamedTuple):
         """Of the tensor, without what aligns the next one."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def room(self) -> int:
+        """Bytes that it takes where tensors lie end to end."""
+        return self.nbytes + -self.nbytes % ALIGNMENT
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -127,13 +132,13 @@ def _bytes_of(item: _Item) -> torch.Tensor:
 
 def data_bytes(entries: Sequence[Entry]) -> int:
     """Room that the tensors of a bucket take end to end."""
-    return sum(entry.nbytes + -entry.nbytes % ALIGNMENT for entry in entries)
+    return sum(entry.room for entry in entries)
 
 
 def split(entries: Sequence[Entry], memory: torch.Tensor) -> list[torch.Tensor]:
     """The bytes of every tensor in a bucket, as views of memory (uint8) in which they lie end to end."""
-    starts = [data_bytes(entries[:number]) for number in range(len(entries))]
-    return [memory[start : start + entry.nbytes] for start, entry in zip(starts, entries, strict=True)]
+    places = memory[: data_bytes(entries)].split([entry.room for entry in entries])
+    return [place[: entry.nbytes] for place, entry in zip(places, entries, strict=True)]
 
 
 def lay(bucket: Bucket, memory: torch.Tensor) -> None:

@@ -482,8 +482,8 @@ class PolicyWorker(TrainedWorker):
             if self.rank != 0:
                 continue
             if broadcast:
-                self._send(bucket)
                 lay(bucket, kept[number])
+                self._send(bucket, kept[number])
                 buckets.append(Bucket(bucket.entries, None))
             else:
                 buckets.append(Bucket(bucket.entries, self._put(bucket)))
@@ -499,11 +499,12 @@ class PolicyWorker(TrainedWorker):
             return self._sent.pop(min(self._sent))
         return [self._host_memory(data_bytes(entries)) for entries in bucket_plan(self.network)]
 
-    def _send(self, bucket: Bucket) -> None:
+    def _send(self, bucket: Bucket, on_host: torch.Tensor) -> None:
         if self._transport is None:
             return
+        device = self._transport.device
         try:
-            self._transport.broadcast(self._end_to_end(bucket, self._transport.device))
+            self._transport.broadcast(on_host if device.type == "cpu" else self._end_to_end(bucket, device))
         except RuntimeError:
             self._transport = None
 
@@ -512,7 +513,7 @@ class PolicyWorker(TrainedWorker):
         data = bucket.data
         if self.device.type != "cpu":
             data = split(bucket.entries, self._end_to_end(bucket, torch.device("cpu")))
-        return ray.put([piece.numpy() for piece in data])
+        return _store(data)
 
     def _end_to_end(self, bucket: Bucket, device: torch.device) -> torch.Tensor:
         """The bucket in one piece, until the next one comes: new memory takes longer to get than to fill."""
@@ -530,10 +531,7 @@ class PolicyWorker(TrainedWorker):
         """A version that was broadcast, in the object store; asked of rank 0."""
         plan = bucket_plan(self.network)
         kept = zip(plan, self._sent[version], strict=True)
-        return Published(
-            version,
-            [Bucket(entries, ray.put([piece.numpy() for piece in split(entries, data)])) for entries, data in kept],
-        )
+        return Published(version, [Bucket(entries, _store(split(entries, data))) for entries, data in kept])
 
     def export(self, folder: Path) -> list[str]:
         """Write the finished weights into the run folder; all ranks call it, rank 0 writes."""
@@ -544,6 +542,11 @@ class PolicyWorker(TrainedWorker):
         return [
             str(path) for path in self.stage.write_weights(folder, self.network, weights, self.job.tokenizer, options)
         ]
+
+
+def _store(pieces: list[torch.Tensor]) -> ray.ObjectRef:
+    """The bytes of a bucket's tensors in the object store, which takes arrays without a copy before its own."""
+    return ray.put([piece.numpy() for piece in pieces])
 
 
 @dataclass
