@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -108,7 +109,6 @@ def test_a_shard_is_an_uncompressed_arrow_file_with_one_batch_that_pyarrow_reads
 
 
 def test_other_arrow_readers_open_the_shards(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="the optional package `datasets` is not installed")
     rows = write_dataset(tmp_path, [7, 5])
     files = [str(path) for path in sorted(tmp_path.glob("train/*.arrow"))]
     loaded = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "hf"))
