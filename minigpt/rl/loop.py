@@ -28,6 +28,7 @@ from .reward_pool import RewardPool
 from .roles import Roles, Sampling
 
 EVALUATION_IDS = 1 << 40  # sample numbers that training never reaches
+COUNTS = ("reward_failures",)  # what of several rounds is added up; of the other metrics the mean is taken
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Experience:
     Attributes:
         batch: S answers; its columns come to hold everything that the update needs.
         rewards: float32 [S].
-        metrics: Of the answers, for the log.
+        metrics: Of all answers that were sampled for it, for the log.
     """
 
     batch: RolloutBatch
@@ -200,20 +201,24 @@ class Loop:
     def _fill_up(self, experience: Experience) -> Experience:
         """Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): groups of equal rewards give way to others."""
         o = self.options
-        found = self._informative(experience)
         for _ in range(o.dynamic_sampling):
-            missing = o.prompts_per_step - len(found.rewards) // o.samples_per_prompt
+            missing = o.prompts_per_step - len(self._informative(experience).rewards) // o.samples_per_prompt
             if not missing:
                 break
-            more = self._informative(self._judge(self.roles.collect(self._ask(missing))))
-            found = Experience(
-                RolloutBatch.concatenate([found.batch, more.batch]),
-                np.concatenate([found.rewards, more.rewards]),
-                found.metrics,
-            )
-        if not len(found.rewards):
-            return experience  # nothing to learn anywhere: a step of advantages 0
-        return found
+            experience = self._together(experience, self._judge(self.roles.collect(self._ask(missing))))
+        found = self._informative(experience)
+        return found if len(found.rewards) else experience  # nothing to learn anywhere: a step of advantages 0
+
+    def _together(self, *rounds: Experience) -> Experience:
+        """The answers of several rounds of sampling, and what there is to see of all of them."""
+        batch = RolloutBatch.concatenate([one.batch for one in rounds])
+        rewards = np.concatenate([one.rewards for one in rounds])
+        metrics: dict[str, float] = {}
+        for one in rounds:
+            for name, value in one.metrics.items():
+                share = 1.0 if name in COUNTS else len(one.rewards) / len(rewards)
+                metrics[name] = metrics.get(name, 0.0) + share * value
+        return Experience(batch, rewards, metrics | self._describe(batch, rewards))
 
     def _informative(self, experience: Experience) -> Experience:
         """The groups whose rewards differ; all of them without dynamic sampling."""

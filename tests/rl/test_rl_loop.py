@@ -139,6 +139,7 @@ def test_groups_that_teach_nothing_give_way_to_the_prompts_that_come_next(start,
         if not overlap:
             seconds = run.roles.clock.computed["generate"]
             assert metrics["generated_tokens_per_second"] * seconds == pytest.approx(sum(drawn))
+            assert_metrics_are_of_all_rounds(run, before, metrics)
     asked = run.asked
     assert [k for request in asked for k in request] == list(range(run.loop.position.prompts)), "each once, in order"
     assert len(run.learned) == 6
@@ -152,6 +153,16 @@ def test_groups_that_teach_nothing_give_way_to_the_prompts_that_come_next(start,
     assert max(rounds) <= 3 + overlap
     for batch in run.learned:
         assert_advantages_are_of_these_answers(run, batch)
+
+
+def assert_metrics_are_of_all_rounds(run: Run, before: int, metrics: dict[str, float]) -> None:
+    """Also of the answers that gave way: what is left of them after the choice looks better than the policy is."""
+    lengths = np.concatenate([batch.answer_lens for batch in run.values("rollout", "generate")[before:]])
+    assert metrics["response_length"] == pytest.approx(lengths.mean())
+    assert metrics["response_length_max"] == lengths.max()
+    teaches = [run.teaches(k) for request in run.asked[before:] for k in request]
+    assert metrics["zero_variance_groups"] == pytest.approx(1 - np.mean(teaches))
+    assert metrics["reward"] == pytest.approx(metrics["reward_sometimes"], abs=1e-6)
 
 
 def assert_advantages_are_of_these_answers(run: Run, batch: RolloutBatch) -> None:
