@@ -101,14 +101,14 @@ SEQ_LEN = 256
 RECIPES = {
     "cpu-bf16": Recipe(
         {"preset": "s", "dtype": "bf16"},
-        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (400, 1e-3), "grpo": (60, 3e-4),
+        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (350, 2e-3), "grpo": (60, 3e-4),
             "reason": (300, 1e-3), "lora": (60, 4e-3)}, 0.40, 220,
     ),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,
          "num_key_value_heads": 3, "dtype": "fp32"},
-        8, {"pretrain": (480, 6e-3), "sft": (220, 3e-3), "reason_start": (380, 1e-3), "grpo": (50, 3e-4),
-            "reason": (170, 1e-3), "lora": (60, 4e-3)}, 0.45, 200,
+        8, {"pretrain": (360, 6e-3), "sft": (190, 3e-3), "reason_start": (310, 2e-3), "grpo": (42, 3e-4),
+            "reason": (130, 1e-3), "lora": (50, 4e-3)}, 0.45, 110,
     ),
     "gpu": Recipe(
         {"preset": "s", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "dtype": "bf16"},

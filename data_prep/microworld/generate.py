@@ -28,16 +28,16 @@ from minigpt.errors import UserError
 
 # How often each kind of document is drawn for pretraining.
 DOCUMENTS = {
-    "story": 0.11,
-    "portrait": 0.17,
-    "pair": 0.06,
-    "gathering": 0.06,
-    "self": 0.06,
-    "dialogue": 0.08,
-    "sums": 0.46,
+    "story": 0.08,
+    "portrait": 0.13,
+    "pair": 0.05,
+    "gathering": 0.04,
+    "self": 0.05,
+    "dialogue": 0.05,
+    "sums": 0.60,
 }
 
-HASTY = 0.6  # of the thoughts about a sum in `hasty`: how many hold its result and no steps
+HASTY = 0.65  # of the thoughts about a sum in `hasty`: how many hold its result and no steps
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class MicroWorldOptions:
 
     Args:
         seed: chooses the world, what is held out, and every sentence; the same seed gives the same bytes everywhere.
-        size: `tiny` (for tests), `small` (240k tokens of text, 260k of chats) or `quickstart` (1.5M and 1.6M).
+        size: `tiny` (for tests), `small` (210k tokens of text, 280k of chats) or `quickstart` (1.3M and 1.7M).
     """
 
     seed: int = 0

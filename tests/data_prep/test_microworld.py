@@ -85,7 +85,7 @@ def test_same_seed_gives_the_same_bytes_in_another_process(tmp_path):
 def test_bytes_are_pinned(tmp_path):
     """Changing a text or a draw is allowed, but never by accident: then this line changes in the same commit."""
     files = write_microworld(tmp_path, MicroWorldOptions(seed=0, size="tiny"))
-    assert digest(files) == "9b486cb67ba3e4e8e628e4583d70618fc5988be948927ffc315a43e8316b8a82"
+    assert digest(files) == "64b903b713f560f309e2ceff6c47222150de4505f9add0a2579b2c7fe02b24ad"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -177,7 +177,7 @@ def test_most_hasty_thoughts_hold_the_result_alone_and_are_otherwise_like_the_ca
     hasty, careful = ([a for a in sums_of(records[part]) if a["reasoning_content"]] for part in ("hasty", "reason"))
     assert len(hasty) > 700
     without_steps = [a for a in hasty if "=" not in a["reasoning_content"]]
-    assert 0.55 < len(without_steps) / len(hasty) < 0.65
+    assert 0.60 < len(without_steps) / len(hasty) < 0.70
     assert all(re.fullmatch(rf"(Result: |结果：){a['content']}[.。]", a["reasoning_content"]) for a in without_steps)
     assert all("=" in a["reasoning_content"] for a in careful)
 
