@@ -132,7 +132,7 @@ def quickstart(options: QuickstartOptions) -> None:
     probe, name, recipe = _choose(options)
     _announce(probe, name, recipe)
     data = _prepare_data(folder, options.seed, recipe.world)
-    summaries = _train(folder, options, recipe, data)
+    summaries = _train(folder, options, name, data)
     heldout, replies = _ask_heldout(folder, data)
     persona = _ask_captain(folder, data, replies["reason", "questions"])
     samples = _chat_samples(folder, data)
@@ -201,7 +201,7 @@ def _prepare_data(folder: Path, seed: int, world: Literal["tiny", "small", "quic
     return files
 
 
-def _train(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[str, Path]) -> dict[str, Any]:
+def _train(folder: Path, options: QuickstartOptions, preset: str, data: dict[str, Path]) -> dict[str, Any]:
     """Every stage of the road; the summary of each."""
     from minigpt.rl.run import train as train_by_reward
     from minigpt.trainer.loop import train
@@ -217,11 +217,12 @@ def _train(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[
         "reason": (REASON, ReasonOptions),
         "lora": (LORA, LoRATrainOptions),
     }
+    recipe = RECIPES[preset]
     summaries: dict[str, Any] = {}
     for number, (name, leg) in enumerate(ROAD.items(), start=2):
         print(f"\n[{number}/{len(ROAD) + 3}] {name}: {leg.teaches}", flush=True)
         if name == "grpo":
-            summaries[name] = train_by_reward(_grpo_options(folder, options, recipe, data), "grpo")
+            summaries[name] = train_by_reward(_grpo_options(folder, options, preset, data), "grpo")
             continue
         stage, stage_options = trained[name]
         steps, rate = recipe.stages[name]
@@ -235,7 +236,7 @@ def _train(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[
             seed=options.seed,
             eval_rows=32,
             schedule="wsd",
-            recipe=f"quickstart-{name}",
+            recipe=f"quickstart-{preset}-{name}",
             **recipe.model,
         )
         if name != "lora":  # one compiled graph serves all of them, so it pays for the short ones too
@@ -244,10 +245,11 @@ def _train(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[
     return summaries
 
 
-def _grpo_options(folder: Path, options: QuickstartOptions, recipe: Recipe, data: dict[str, Path]) -> GRPOOptions:
+def _grpo_options(folder: Path, options: QuickstartOptions, preset: str, data: dict[str, Path]) -> GRPOOptions:
     """Sums with thinking, rewarded for the right answer and nothing else."""
     from minigpt.rl.options import GRPOOptions
 
+    recipe = RECIPES[preset]
     steps, rate = recipe.stages["grpo"]
     return GRPOOptions(
         data=[data["prompt_packed"]],
@@ -264,7 +266,7 @@ def _grpo_options(folder: Path, options: QuickstartOptions, recipe: Recipe, data
         learning_rate=rate,
         dtype=recipe.model["dtype"],
         seed=options.seed,
-        recipe="quickstart-grpo",
+        recipe=f"quickstart-{preset}-grpo",
     )
 
 
