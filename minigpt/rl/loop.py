@@ -140,10 +140,11 @@ class Loop:
         self._drawn = 0
         batch = roles.collect(self._coming or self._ask(o.prompts_per_step, position.under_way))
         self._coming = position.under_way = None
-        if o.overlap and position.step + 1 < o.max_steps:
-            position.under_way = position.prompts
-            self._coming = self._ask(o.prompts_per_step)
+        if not o.dynamic_sampling:
+            self._ask_ahead()
         experience = self._fill_up(self._judge(batch))
+        if o.dynamic_sampling:  # not before: samplers answer in turn, and a round that fills up would wait
+            self._ask_ahead()
         metrics = self._learn(experience)
         position.step += 1
         roles.publish(position.step)
@@ -151,6 +152,13 @@ class Loop:
         seconds = time.perf_counter() - started
         position.seconds += seconds
         return {**experience.metrics, **metrics, **self._times(seconds, experience.batch)}
+
+    def _ask_ahead(self) -> None:
+        """With overlap: have the next step's prompts answered while this one learns."""
+        o, position = self.options, self.position
+        if o.overlap and position.step + 1 < o.max_steps:
+            position.under_way = position.prompts
+            self._coming = self._ask(o.prompts_per_step)
 
     def _ask(self, count: int, first: int | None = None) -> Sampling:
         """Begin to answer the next prompts, or once more those from number `first` on."""
@@ -200,24 +208,25 @@ class Loop:
 
     def _fill_up(self, experience: Experience) -> Experience:
         """Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): groups of equal rewards give way to others."""
-        o = self.options
+        o, first = self.options, experience
         for _ in range(o.dynamic_sampling):
             missing = o.prompts_per_step - len(self._informative(experience).rewards) // o.samples_per_prompt
             if not missing:
                 break
             experience = self._together(experience, self._judge(self.roles.collect(self._ask(missing))))
         found = self._informative(experience)
-        return found if len(found.rewards) else experience  # nothing to learn anywhere: a step of advantages 0
+        if not len(found.rewards):  # nothing to learn anywhere: a step of advantages 0, of the usual size
+            return Experience(first.batch, first.rewards, experience.metrics)
+        return found
 
     def _together(self, *rounds: Experience) -> Experience:
         """The answers of several rounds of sampling, and what there is to see of all of them."""
         batch = RolloutBatch.concatenate([one.batch for one in rounds])
         rewards = np.concatenate([one.rewards for one in rounds])
         metrics: dict[str, float] = {}
-        for one in rounds:
-            for name, value in one.metrics.items():
-                share = 1.0 if name in COUNTS else len(one.rewards) / len(rewards)
-                metrics[name] = metrics.get(name, 0.0) + share * value
+        for name in dict.fromkeys(name for one in rounds for name in one.metrics):
+            values, sizes = zip(*((r.metrics[name], len(r.rewards)) for r in rounds if name in r.metrics), strict=True)
+            metrics[name] = float(sum(values) if name in COUNTS else np.average(values, weights=sizes))
         return Experience(batch, rewards, metrics | self._describe(batch, rewards))
 
     def _informative(self, experience: Experience) -> Experience:

@@ -289,7 +289,18 @@ def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, Pa
                 f"the prompts in {data.folder} were packed with another tokenizer than that of {init}: "
                 f"pack them again with --tokenizer {folder}"
             )
+    for option in ("reward_model", "critic_init"):  # they read the policy's ids
+        other = getattr(options, option, None)
+        hashes = {_tokenizer_of(model_folder(path)) for path in (init, other) if path is not None}
+        if len(hashes - {None}) > 1:
+            raise UserError(
+                f"--{option} {other} has another tokenizer than {init}: train it on the same model, or give another"
+            )
     return source, heldout
+
+
+def _tokenizer_of(folder: Path) -> str | None:
+    return tokenizer_hash(folder) if (folder / "tokenizer.json").exists() else None
 
 
 def _encoder(init: Path) -> ChatEncoder:

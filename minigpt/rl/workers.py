@@ -209,6 +209,7 @@ class _Window:
     mine: RolloutBatch
     part: np.ndarray  # the sequences of the batch that are mine
     passes: list[MicroBatch]
+    teaches: bool  # some answer of some rank has an advantage that is not 0, or there are no advantages
 
 
 class TrainedWorker(Worker):
@@ -280,13 +281,14 @@ class TrainedWorker(Worker):
         Of fewer sequences than `minibatches` each is a step of its own: one on nothing would be the momentum's.
         """
         found = []
+        whole = RolloutBatch(**{**batch.__dict__, "columns": columns})
         for chosen in np.array_split(np.arange(len(batch)), min(self.job.options.minibatches, len(batch))):
             lengths = batch.lengths[chosen]
             parts = [chosen[part] for part in partition(lengths, self.world_size)]
             rows = [len(pack_rows(batch.lengths[part], self.job.row_length)) for part in parts]
             part = parts[self.rank]
-            whole = RolloutBatch(**{**batch.__dict__, "columns": columns})
             mine = whole.take(part)
+            advantages = whole.take(chosen).columns.get("advantages")
             passes = micro_batches(
                 mine,
                 self.job.row_length,
@@ -295,7 +297,7 @@ class TrainedWorker(Worker):
                 fixed_shape=self.engine.compiled,
                 at_least=-(-max(rows) // self._rows),
             )
-            found.append(_Window(mine, part, passes))
+            found.append(_Window(mine, part, passes, advantages is None or bool(advantages.any())))
         return found
 
     def _gather(self, batch: RolloutBatch, windows: list[_Window], values: list[np.ndarray]) -> np.ndarray:
@@ -407,6 +409,8 @@ class PolicyWorker(TrainedWorker):
             "weights": np.zeros_like(batch.behaviour_log_probs),
         }
         windows = self._windows(batch, columns)
+        if not o.pays_for_more_than_rewards:  # a step without any advantage would be the momentum's alone
+            windows = [window for window in windows if window.teaches]
         names = ["labels", "sequence_ids", *self._columns(batch)]
         coefficient = torch.tensor(kl_coefficient, device=self.device)
         sums = torch.zeros(1 + len(self.terms.metrics), device=self.device)

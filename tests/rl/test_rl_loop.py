@@ -2,7 +2,9 @@
 to whom. What passes between it and the workers goes through Ray's object store, only the actors are left out."""
 
 import copy
+import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,8 @@ def test_groups_that_teach_nothing_give_way_to_the_prompts_that_come_next(start,
         before = len(run.asked)
         metrics = run.loop.step()
         rounds.append(len(run.asked) - before)
+        if (coming := run.loop.position.under_way) is not None:
+            assert max(numbers(run.learned[-1])) < coming, "what fills up does not wait behind the next step's answers"
         drawn = [len(batch.versions) for batch in run.values("rollout", "generate")][before:]
         if not overlap:
             seconds = run.roles.clock.computed["generate"]
@@ -162,7 +166,8 @@ def assert_metrics_are_of_all_rounds(run: Run, before: int, metrics: dict[str, f
     assert metrics["response_length_max"] == lengths.max()
     teaches = [run.teaches(k) for request in run.asked[before:] for k in request]
     assert metrics["zero_variance_groups"] == pytest.approx(1 - np.mean(teaches))
-    assert metrics["reward"] == pytest.approx(metrics["reward_sometimes"], abs=1e-6)
+    (name,) = (name for name in metrics if name.endswith("sometimes"))
+    assert metrics["reward"] == pytest.approx(metrics[name], abs=1e-6)
 
 
 def assert_advantages_are_of_these_answers(run: Run, batch: RolloutBatch) -> None:
@@ -215,6 +220,8 @@ def test_where_no_group_teaches_anything_nothing_is_learned(start):
     assert "loss" not in metrics
     assert metrics["zero_variance_groups"] == 1.0
     assert not run.learned
+    first = run.values("rollout", "generate")[0]
+    assert run.loop.position.tokens == len(first.behaviour_log_probs), "a step is no larger for having asked in vain"
     after = run.weights()
     assert all(torch.equal(after[name], before[name]) for name in before)
     run.loop.step()
@@ -232,6 +239,15 @@ def test_a_step_of_fewer_answers_than_minibatches_makes_no_step_on_nothing(start
     assert math.isfinite(metrics["loss"])
     assert metrics["grad_norm"] > 0
     assert optimizer_steps(run) == 2
+
+
+def test_a_minibatch_without_any_advantage_makes_no_step(start):
+    """It would be the momentum's alone. Here each minibatch is one group."""
+    run = start(minibatches=PROMPTS, learning_rate=1e-3)
+    for _ in range(4):
+        run.loop.step()
+    asked = [k for request in run.asked for k in request]
+    assert 0 < optimizer_steps(run) == sum(run.teaches(k) for k in asked) < len(asked)
 
 
 def test_dynamic_sampling_of_single_answers_is_refused():
@@ -379,3 +395,19 @@ def test_every_record_of_a_raw_file_for_evaluation_is_asked(world):
     _, heldout = _prompts(RLStage("grpo"), options, world / "sft")
     assert heldout is not None
     assert len(heldout) == len(raw.read_text(encoding="utf-8").splitlines())
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(world, tmp_path):
+    """It would read the policy's ids as other words."""
+    same_one = make_job(world / "sft", reward_model=world / "sft", data=[world / "prompts"]).options
+    _prompts(RLStage("grpo"), same_one, world / "sft")
+    shutil.copytree(world / "sft", tmp_path / "reward")
+    path = tmp_path / "reward" / "hf" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = list(vocabulary)[-2:]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    options = make_job(world / "sft", reward_model=tmp_path / "reward", data=[world / "prompts"]).options
+    with pytest.raises(UserError, match=r"--reward_model .*reward has another tokenizer"):
+        _prompts(RLStage("grpo"), options, world / "sft")
