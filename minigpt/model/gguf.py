@@ -63,7 +63,7 @@ def write_gguf(
     try:
         import gguf
     except ImportError:
-        raise UserError("writing GGUF needs the package gguf: pip install 'minigpt[gguf]'") from None
+        raise UserError("writing GGUF needs the package gguf: pip install gguf") from None
     path = Path(path)
     architecture = _architecture(config)
     tokenizer = _tokenizer(Path(tokenizer_folder), config.vocab_size)

@@ -63,8 +63,8 @@ class RLOptions:
             null: on GPUs that several roles share; true: on CPUs too.
         weight_transport: How new weights reach the samplers. store: through Ray's object store. broadcast: to all of
             them at once, by NCCL between GPUs that are all different, else by gloo. auto: NCCL or store.
-        ray_address: A running Ray cluster to join (ray://… or auto). null: RAY_ADDRESS, or a private one of this
-            machine.
+        ray_address: A running Ray cluster to join (host:port of its head, or auto). null: RAY_ADDRESS, or a private
+            one of this machine.
         rollout_slots: Answers that a sampler works on together.
         batch_invariant: Sample so that every answer is bit-equal whatever runs beside it. Slower.
         micro_batch_tokens: Tokens of a forward pass. null: 2,048 on a CPU, 32,768 on a GPU.

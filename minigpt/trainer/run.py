@@ -25,6 +25,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "pyarrow")
 OURS = (
     *("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", SUMMARY, "hf", "report", "report.md"),
     *("critic", "heldout"),  # of reinforcement learning
+    *("adapter", "eval"),  # of LoRA, and what other commands found about the weights
 )
 
 # Options that may differ when a run goes on: they change how fast or how far it runs, not what it computes.

@@ -99,7 +99,10 @@ def test_a_finished_run_is_not_trained_again(packed, tmp_path, train):
     assert "--overwrite" in out
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     first = weights(run)
+    (run / "eval").mkdir()
+    (run / "eval" / "sums.json").write_text("{}")
     train("pretrain", "--data", packed, "--save_dir", run, "--max_steps", 2, "--overwrite", "--seed", 5)
+    assert not (run / "eval").exists(), "what was found about other weights"
     assert any(not (weights(run)[name] == first[name]).all() for name in first)
 
 
