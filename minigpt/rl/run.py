@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minigpt.dataset.chat import ChatEncoder
-from minigpt.dataset.shards import PackedDataset, tokenizer_hash
+from minigpt.dataset.shards import PackedDataset
 from minigpt.errors import UserError
 from minigpt.model.hf import load_generation_config
 from minigpt.model.model_minigpt import MiniGPT
@@ -22,7 +22,7 @@ from minigpt.trainer.engine import Processes
 from minigpt.trainer.loop import GracefulStop
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.run import PACKAGES, SUMMARY, Run, write_text
-from minigpt.trainer.setup import Source, model_folder, prepare_data, run_to_follow
+from minigpt.trainer.setup import Source, check_packed_for, model_folder, prepare_data, run_to_follow, tokenizer_of
 
 from . import cluster
 from .batch import choose_row_length
@@ -60,6 +60,7 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     if (summary := run.finished_summary()) is not None:
         return summary
     init = _init(stage, options)
+    _check_judges(options, init)
     run.open()
     encoder = _encoder(init)
     source, heldout = _prompts(stage, options, init)
@@ -282,25 +283,19 @@ def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, Pa
         folder = options.save_dir / "heldout"
         judged = replace(packing, data=options.eval_data, save_dir=folder)
         heldout = prepare_data(stage, judged, ALONE, valid_fraction=0).train
-    folder = model_folder(init)
     for data in filter(None, (source.train, heldout)):
-        if (folder / "tokenizer.json").exists() and tokenizer_hash(folder) != data.tokenizer_hash:
-            raise UserError(
-                f"the prompts in {data.folder} were packed with another tokenizer than that of {init}: "
-                f"pack them again with --tokenizer {folder}"
-            )
-    for option in ("reward_model", "critic_init"):  # they read the policy's ids
-        other = getattr(options, option, None)
-        hashes = {_tokenizer_of(model_folder(path)) for path in (init, other) if path is not None}
-        if len(hashes - {None}) > 1:
-            raise UserError(
-                f"--{option} {other} has another tokenizer than {init}: train it on the same model, or give another"
-            )
+        check_packed_for(init, data)
     return source, heldout
 
 
-def _tokenizer_of(folder: Path) -> str | None:
-    return tokenizer_hash(folder) if (folder / "tokenizer.json").exists() else None
+def _check_judges(options: RLOptions, init: Path) -> None:
+    """Reward model and critic read the policy's ids, so their tokenizer must be the policy's."""
+    for option in ("reward_model", "critic_init"):
+        other = getattr(options, option, None)
+        if other is not None and len({tokenizer_of(init), tokenizer_of(other, option)} - {None}) > 1:
+            raise UserError(
+                f"--{option} {other} has another tokenizer than {init}: train it on the same model, or give another"
+            )
 
 
 def _encoder(init: Path) -> ChatEncoder:

@@ -208,8 +208,8 @@ class _Window:
 
     mine: RolloutBatch
     part: np.ndarray  # the sequences of the batch that are mine
+    chosen: np.ndarray  # those of all ranks
     passes: list[MicroBatch]
-    teaches: bool  # some answer of some rank has an advantage that is not 0, or there are no advantages
 
 
 class TrainedWorker(Worker):
@@ -288,7 +288,6 @@ class TrainedWorker(Worker):
             rows = [len(pack_rows(batch.lengths[part], self.job.row_length)) for part in parts]
             part = parts[self.rank]
             mine = whole.take(part)
-            advantages = whole.take(chosen).columns.get("advantages")
             passes = micro_batches(
                 mine,
                 self.job.row_length,
@@ -297,7 +296,7 @@ class TrainedWorker(Worker):
                 fixed_shape=self.engine.compiled,
                 at_least=-(-max(rows) // self._rows),
             )
-            found.append(_Window(mine, part, passes, advantages is None or bool(advantages.any())))
+            found.append(_Window(mine, part, chosen, passes))
         return found
 
     def _gather(self, batch: RolloutBatch, windows: list[_Window], values: list[np.ndarray]) -> np.ndarray:
@@ -410,7 +409,7 @@ class PolicyWorker(TrainedWorker):
         }
         windows = self._windows(batch, columns)
         if not o.pays_for_more_than_rewards:  # a step without any advantage would be the momentum's alone
-            windows = [window for window in windows if window.teaches]
+            windows = [window for window in windows if batch.take(window.chosen).columns["advantages"].any()]
         names = ["labels", "sequence_ids", *self._columns(batch)]
         coefficient = torch.tensor(kl_coefficient, device=self.device)
         sums = torch.zeros(1 + len(self.terms.metrics), device=self.device)

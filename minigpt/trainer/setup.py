@@ -226,22 +226,32 @@ def new_model_config(options: TrainOptions, data: PackedDataset) -> MiniGPTConfi
         raise UserError(str(error)) from error
 
 
-def model_folder(init: Path) -> Path:
-    """Where `--init` keeps its config.json. Errors: UserError when there is none."""
+def model_folder(init: Path, option: str = "init") -> Path:
+    """Where a model that an option names keeps its config.json. Errors: UserError when there is none."""
     for folder in (init / "hf", init):
         if (folder / "config.json").exists():
             return folder
-    raise UserError(f"--init {init} holds no model: it must be the folder of a finished run or of a model")
+    raise UserError(f"--{option} {init} holds no model: it must be the folder of a finished run or of a model")
+
+
+def tokenizer_of(init: Path, option: str = "init") -> str | None:
+    """The hash of a model's tokenizer; None when it has none. Errors: UserError when there is no model."""
+    folder = model_folder(init, option)
+    return tokenizer_hash(folder) if (folder / "tokenizer.json").exists() else None
+
+
+def check_packed_for(init: Path, data: PackedDataset) -> None:
+    """Errors: UserError when the data was packed with another tokenizer than the model's."""
+    if tokenizer_of(init) not in (None, data.tokenizer_hash):
+        raise UserError(
+            f"the data in {data.folder} was packed with another tokenizer than that of {init}: "
+            f"pack it again with --tokenizer {model_folder(init)}"
+        )
 
 
 def _load_init(init: Path, data: PackedDataset) -> MiniGPT:
     """Weights of a run (its float32 masters) or of a Hugging Face folder, checked against the data's tokenizer."""
-    folder = model_folder(init)
-    if (folder / "tokenizer.json").exists() and tokenizer_hash(folder) != data.tokenizer_hash:
-        raise UserError(
-            f"the data in {data.folder} was packed with another tokenizer than that of {init}: "
-            f"pack it again with --tokenizer {folder}"
-        )
+    check_packed_for(init, data)
     model = load_masters(init)
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f"the data's tokenizer has {data.vocab_size} entries, {init} only {model.config.vocab_size}")

@@ -25,7 +25,7 @@ from minigpt.rl.options import PPOOptions
 from minigpt.rl.prompts import PromptSource
 from minigpt.rl.reward_pool import RewardPool
 from minigpt.rl.roles import Roles
-from minigpt.rl.run import RLStage, _prompts
+from minigpt.rl.run import RLStage, _check_judges, _prompts
 from minigpt.trainer.setup import load_masters
 
 pytestmark = pytest.mark.slow
@@ -399,8 +399,7 @@ def test_every_record_of_a_raw_file_for_evaluation_is_asked(world):
 
 def test_a_reward_model_of_another_tokenizer_is_refused(world, tmp_path):
     """It would read the policy's ids as other words."""
-    same_one = make_job(world / "sft", reward_model=world / "sft", data=[world / "prompts"]).options
-    _prompts(RLStage("grpo"), same_one, world / "sft")
+    _check_judges(make_job(world / "sft", reward_model=world / "sft").options, world / "sft")
     shutil.copytree(world / "sft", tmp_path / "reward")
     path = tmp_path / "reward" / "hf" / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
@@ -408,6 +407,6 @@ def test_a_reward_model_of_another_tokenizer_is_refused(world, tmp_path):
     a, b = list(vocabulary)[-2:]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
-    options = make_job(world / "sft", reward_model=tmp_path / "reward", data=[world / "prompts"]).options
+    options = make_job(world / "sft", reward_model=tmp_path / "reward").options
     with pytest.raises(UserError, match=r"--reward_model .*reward has another tokenizer"):
-        _prompts(RLStage("grpo"), options, world / "sft")
+        _check_judges(options, world / "sft")

@@ -284,6 +284,7 @@ def test_a_hanging_reward_counts_as_a_failure(world, tmp_path, capsys):
 WRONG = {
     "data that is not there": (["--data=nowhere"], "nowhere"),
     "an init that is no model": (["--init=nowhere"], "--init nowhere holds no model"),
+    "a reward model that is none": (["--reward_model=nowhere"], "--reward_model nowhere holds no model"),
     "a reward that nobody knows": (["--reward=acuracy"], "acuracy"),
     "one answer a prompt": (["--samples_per_prompt=1"], "--samples_per_prompt is 1"),
     "overlap without correction": (["--overlap=1", "--behaviour_correction=false"], "--behaviour_correction"),
