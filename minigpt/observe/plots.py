@@ -174,10 +174,14 @@ def plot_details(curve: Curve, path: Path) -> Path | None:
 
 
 def plot_stages(curves: Sequence[Curve], path: Path) -> Path:
-    """The losses of several stages side by side, each on its own axes; of a stage of rewards what it scores."""
+    """The losses of several stages, each on its own axes; of a stage of rewards what it scores."""
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
     with _style():
-        figure, axes = _figure(1, len(curves), width=max(4.8 * len(curves), 6.0), height=4.0)
-        for axis, curve in zip(axes, curves, strict=True):
+        figure, axes = _figure(rows, columns, width=max(4.8 * columns, 6.0), height=4.0 * rows)
+        for axis in axes[len(curves) :]:
+            axis.set_axis_off()
+        for axis, curve in zip(axes, curves, strict=False):
             if curve.is_rl:
                 _draw_score(axis, curve, _scores(curve)[-1], ())
             else:

@@ -404,7 +404,7 @@ def build_quickstart_report(folder: Path) -> Path:
         raise UserError(f"{folder} holds neither stage runs nor a summary.json; give the folder that quickstart wrote")
     parts = [f"# {folder.resolve().name}: from raw text to a model that chats"]
     if runs:
-        curves_png = plot_stages([run.curve() for run in runs], folder / PLOT_FOLDER / "curves.png")
+        curves_png = plot_stages([run.curve(run.folder.name) for run in runs], folder / PLOT_FOLDER / "curves.png")
         parts.append(_image("Loss of each stage, score where rewards teach", curves_png, folder))
     stages = summary.get("stages")
     parts.append(markdown_table([stage_row(stage) for stage in stages] if stages else [run_row(run) for run in runs]))
@@ -443,10 +443,10 @@ def stage_row(stage: Mapping[str, Any]) -> dict[str, str]:
 def _stage_section(run: Run, folder: Path) -> str:
     details_png = plot_details(run.curve(), folder / PLOT_FOLDER / f"{run.folder.name}.png")
     parts = [
-        f"## {run.stage}",
+        f"## {run.folder.name}",
         "\n".join(f"- {sentence}" for sentence in [_status_sentence(run), *_judgements(run)]),
         before_and_after(run, level=3),
-        _image(f"{run.stage}: everything else that was recorded", details_png, folder) if details_png else "",
+        _image(f"{run.folder.name}: everything else that was recorded", details_png, folder) if details_png else "",
         _phase_section(run, level=3),
         _paired_samples(run, level=3),
         evaluation_section(run.folder, level=3),

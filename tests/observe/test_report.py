@@ -249,6 +249,13 @@ def test_quickstart_report_without_a_summary_is_made_from_the_runs(tmp_path):
     assert table_cells(report.read_text(encoding="utf-8"))[0]["run"] == "pretrain"
 
 
+def test_two_runs_of_one_stage_are_told_apart_by_their_folders(tmp_path):
+    for name in ("reason_start", "reason"):
+        write_run(tmp_path / name, stage="reason")
+    text = build_quickstart_report(tmp_path).read_text(encoding="utf-8")
+    assert re.findall(r"^## (\w+)$", text, re.MULTILINE) == ["reason_start", "reason"]
+
+
 def rl_records(**changed: float) -> list[dict]:
     """As rl/loop.py and rl/run.py write them, the reward rising from 0.2 to 1."""
     steps = 40
