@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -518,5 +519,12 @@ def _load_safely(path: str | Path, map_location: Any) -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
+    def zero_stage(kind: Any, name: str) -> ZeroStageEnum:
+        if kind is not ZeroStageEnum:
+            raise pickle.UnpicklingError(f"getattr({kind}, {name!r}) is not allowed")
+        return ZeroStageEnum[name]
+
+    # Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) writes a member of an enumeration as getattr(class, name).
+    members = (zero_stage, "builtins.getattr")
+    with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum, members]):
         return torch.load(path, map_location=map_location, weights_only=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from small_run import SMALL, metrics, weights
 
 from data_prep.pack import PackOptions, pack
 from minigpt.trainer.checkpoint import MANIFEST, list_checkpoints, verify
+from minigpt.trainer.engine import _load_safely
 
 INTERRUPTED = ("--max_steps", 4, "--save_interval", 1, "--keep_checkpoints", 4)
 
@@ -111,6 +115,23 @@ def test_a_program_in_a_checkpoint_is_not_run_even_if_the_manifest_fits(
     assert not trap.exists()
     torch.load(path, weights_only=False)
     assert trap.exists(), "the trap works where nobody takes care"
+
+
+def test_a_state_is_read_whichever_python_wrote_it(tmp_path, monkeypatch):
+    """Python 3.11.0 to 3.11.3 (Debian 12's among them) pickles a member of an enumeration as a call of `getattr`."""
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", lambda stage, _: (getattr, (type(stage), stage.name)))
+    torch.save({"zero_stage": ZeroStageEnum.gradients}, tmp_path / "state.pt")
+    assert _load_safely(tmp_path / "state.pt", "cpu") == {"zero_stage": ZeroStageEnum.gradients}
+
+
+def test_no_other_attribute_is_read_while_a_state_is_loaded(tmp_path):
+    class Attribute:
+        def __reduce__(self):
+            return getattr, (LossScaler, "backward")
+
+    torch.save({"payload": Attribute()}, tmp_path / "state.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        _load_safely(tmp_path / "state.pt", "cpu")
 
 
 def test_a_program_in_the_weights_that_a_run_starts_from_is_not_run(finished, conversations, tmp_path, minigpt):
