@@ -1,4 +1,4 @@
-// Rows of logits to log-probabilities, and to gradients in the place of the logits, on a CPU.
+// Rows of logits to log-probabilities, and to their own gradients, on a CPU.
 //
 // A row is read once from memory; everything else happens in the core's cache. Sums are taken in float32 by one thread in
 // a fixed order. It uses nothing of torch: cross_entropy.py hands over addresses.
@@ -10,14 +10,15 @@
 #include <vector>
 
 extern "C" struct Judgement {
-    void* logits;  // [N, V], float or bfloat16
+    const void* logits;  // [N, V], float or bfloat16
+    void* to;            // [N, V]: their gradients; may be the same memory
     int64_t N, V, is_bf16, threads;
     const int64_t* labels;  // [N]
     float temperature;
     float* log_probs;  // [N], of the labels
     float* log_sums;   // [N]: log Σ exp(logit / temperature)
     float* entropies;  // [N] or null
-    // Upstream gradients. `judge` writes the logits' gradients in their place if grads is given.
+    // Upstream gradients. `judge` writes the logits' gradients if grads is given.
     const float* grads;          // [N] of the log-probabilities
     const float* entropy_grads;  // [N] of the entropies, or null
 };
@@ -77,30 +78,30 @@ static void write_gradient(const float* x, int64_t V, int64_t label, float log_s
 
 template <class T>
 static void judge_row(const Judgement& j, int64_t n) {
-    T* logits = (T*)j.logits + n * j.V;
-    const float* x = temper(logits, j.V, j.temperature);
+    const float* x = temper((const T*)j.logits + n * j.V, j.V, j.temperature);
+    T* to = (T*)j.to + n * j.V;
     const float log_sum = log_sum_exp(x, j.V);
     j.log_sums[n] = log_sum;
     j.log_probs[n] = x[j.labels[n]] - log_sum;
     if (j.entropies) j.entropies[n] = entropy_of(x, j.V, log_sum);
-    if (j.grads) write_gradient(x, j.V, j.labels[n], log_sum, j.grads[n], 0, 0, j.temperature, logits);
+    if (j.grads) write_gradient(x, j.V, j.labels[n], log_sum, j.grads[n], 0, 0, j.temperature, to);
 }
 
 template <class T>
 static void differentiate_row(const Judgement& j, int64_t n) {
-    T* logits = (T*)j.logits + n * j.V;
-    const float* x = temper(logits, j.V, j.temperature);
+    const float* x = temper((const T*)j.logits + n * j.V, j.V, j.temperature);
+    T* to = (T*)j.to + n * j.V;
     const float entropy = j.entropies ? j.entropies[n] : 0, entropy_grad = j.entropy_grads ? j.entropy_grads[n] : 0;
-    write_gradient(x, j.V, j.labels[n], j.log_sums[n], j.grads[n], entropy, entropy_grad, j.temperature, logits);
+    write_gradient(x, j.V, j.labels[n], j.log_sums[n], j.grads[n], entropy, entropy_grad, j.temperature, to);
 }
 
-// From the logits: log_probs, log_sums, entropies if asked for, and the gradients of `grads` in their place if given.
+// From the logits: log_probs, log_sums, entropies if asked for, and the gradients of `grads` if given.
 extern "C" void judge(const Judgement* j) {
 #pragma omp parallel for num_threads(j->threads)
     for (int64_t n = 0; n < j->N; n++) j->is_bf16 ? judge_row<bf16>(*j, n) : judge_row<float>(*j, n);
 }
 
-// From the logits, log_sums and upstream gradients: the gradients of the logits, in their place.
+// From the logits, log_sums and upstream gradients: the gradients of the logits.
 extern "C" void differentiate(const Judgement* j) {
 #pragma omp parallel for num_threads(j->threads)
     for (int64_t n = 0; n < j->N; n++) j->is_bf16 ? differentiate_row<bf16>(*j, n) : differentiate_row<float>(*j, n);

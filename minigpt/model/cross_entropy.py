@@ -7,8 +7,9 @@ scalar that can be multiplied in later; so no logits are kept or computed twice.
 (The idea is that of Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989, section 3.)
 
 Losses that are no sum over tokens (DPO's is a function of whole answers) want the log-probability of each token, whose
-upstream gradient is known only when all of them are. So `linear_log_probs` computes the logits of a chunk once more in
-its backward pass, unless the weight is frozen: four products where the loss has three, and one chunk in memory.
+upstream gradient is known only when all of them are. So `linear_log_probs` keeps the logits for its backward pass where
+they are few. Where they are many it computes those of a chunk once more, unless the weight is frozen: four products
+where the loss has three, and one chunk in memory.
 
 On a CPU all this is an operator that `torch.compile` does not look into. Inside, tokens without a label (prompts,
 padding) are left out, which a graph of fixed shapes could not do, and what lies between two products is compiled code
@@ -30,6 +31,7 @@ from .native import load_native
 
 SOURCE = Path(__file__).with_name("cross_entropy.cpp")
 _CHUNK_ELEMENTS = 1 << 23  # logits alive at a time: 32 MB in float32
+_KEPT_ELEMENTS = 1 << 24  # no more logits are kept for the backward pass
 Numbers = Sequence[torch.Tensor]
 """Of each token: log-normaliser, entropy, and the upstream gradients of its log-probability and entropy."""
 
@@ -103,14 +105,16 @@ class _LinearLogProbs(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         # a row's gradient is upstream times this: no logits are needed again
         ctx.keeps_gradient = needs_x and not needs_weight and not with_entropy
+        few = x_NE.shape[0] * weight_VE.shape[0] <= _KEPT_ELEMENTS
+        keeps_logits = few and (needs_x or needs_weight) and not ctx.keeps_gradient
         ctx.temperature, ctx.with_entropy = temperature, with_entropy
-        compute = torch.ops.minigpt.labelled_log_probs if _on_cpu(x_NE) else _log_probs
-        arguments = x_NE, weight_VE, labels_N, temperature, with_entropy, ctx.keeps_gradient
-        log_probs_N, entropies_N, log_sums_N, grad_x = compute(*arguments)
+        compute = torch.ops.minigpt.labelled_log_probs if _on_cpu(x_NE) else _log_probs_of_all
+        arguments = x_NE, weight_VE, labels_N, temperature, with_entropy, ctx.keeps_gradient, keeps_logits
+        log_probs_N, entropies_N, log_sums_N, grad_x, logits_NV = compute(*arguments)
         if ctx.keeps_gradient:
             ctx.save_for_backward(grad_x, labels_N)
         else:
-            ctx.save_for_backward(x_NE, weight_VE, labels_N, log_sums_N, entropies_N)
+            ctx.save_for_backward(x_NE, weight_VE, labels_N, log_sums_N, entropies_N, logits_NV)
         return log_probs_N, entropies_N
 
     @staticmethod
@@ -118,15 +122,15 @@ class _LinearLogProbs(torch.autograd.Function):
         if ctx.keeps_gradient:
             grad_x, labels_N = ctx.saved_tensors
             return grad_x * torch.where(labels_N >= 0, grads_N, 0.0)[:, None].to(grad_x.dtype), None, None, None, None
-        x_NE, weight_VE, labels_N, log_sums_N, entropies_N = ctx.saved_tensors
+        x_NE, weight_VE, labels_N, log_sums_N, entropies_N, logits_NV = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         numbers = log_sums_N, entropies_N, grads_N, entropy_grads_N
         options = ctx.temperature, ctx.with_entropy, needs_x, needs_weight
         if _on_cpu(x_NE):
             backward = torch.ops.minigpt.labelled_log_probs_backward
-            grad_x, grad_weight = backward(x_NE, weight_VE, labels_N, *numbers, *options)
+            grad_x, grad_weight = backward(x_NE, weight_VE, labels_N, logits_NV, *numbers, *options)
         else:
-            grad_x, grad_weight = _log_probs_backward(x_NE, weight_VE, labels_N, numbers, *options)
+            grad_x, grad_weight = _log_probs_backward(x_NE, weight_VE, labels_N, logits_NV, numbers, *options)
         return grad_x if needs_x else None, grad_weight if needs_weight else None, None, None, None
 
 
@@ -150,25 +154,37 @@ def _loss(x_NE, weight_VE, labels_N, weights_N, needs_x: bool, needs_weight: boo
     return loss, *gradients.results()
 
 
-def _log_probs(x_NE, weight_VE, labels_N, temperature: float, with_entropy: bool, keeps_gradient: bool):
-    """Of the labels: log-probabilities, entropies, log-normalisers, and the log-probabilities' gradients for x."""
+def _log_probs(x_NE, weight_VE, labels_N, temperature: float, with_entropy: bool, keeps_gradient: bool, logits_NV):
+    """Of the labels: log-probabilities, entropies, log-normalisers, and the log-probabilities' gradients for x.
+
+    `logits_NV` is the memory for the logits, or empty: then they are not kept.
+    """
     found = []
     gradients = _Gradients(x_NE, weight_VE, keeps_gradient, False)
-    for x, label in _chunks(weight_VE, x_NE, labels_N):
+    for x, label, place in _chunks(weight_VE, x_NE, labels_N, kept=logits_NV):
         has_label, label = label >= 0, label.clamp_min(0)
         x = torch.where(has_label[:, None], x, 0.0)
         grads = has_label.to(_precision(x)) if keeps_gradient else None
-        *numbers, grad_logits = _judge(x @ weight_VE.T, label, temperature, with_entropy, grads)
+        logits = torch.mm(x, weight_VE.T, out=place)
+        *numbers, grad_logits = _judge(logits, label, temperature, with_entropy, grads)
         found.append([torch.where(has_label, n, 0.0) if n.numel() else n for n in numbers])
         gradients.add(x, grad_logits)
     log_probs_N, log_sums_N, entropies_N = (torch.cat(pieces) for pieces in zip(*found, strict=True))
     return log_probs_N, entropies_N, log_sums_N, gradients.results()[0]
 
 
+def _log_probs_of_all(x_NE, weight_VE, labels_N, temperature, with_entropy, keeps_gradient, keeps_logits):
+    """`_log_probs` with or without a label, and the logits."""
+    logits_NV = _memory(x_NE, weight_VE, keeps_logits)
+    arguments = x_NE, weight_VE, labels_N, temperature, with_entropy, keeps_gradient
+    return *_log_probs(*arguments, logits_NV), logits_NV
+
+
 def _log_probs_backward(
     x_NE,
     weight_VE,
     labels_N,
+    logits_NV,
     numbers: Numbers,
     temperature: float,
     with_entropy: bool,
@@ -179,11 +195,15 @@ def _log_probs_backward(
     gradients = _Gradients(x_NE, weight_VE, needs_x, needs_weight)
     if not with_entropy:
         numbers = tuple(n if len(n) else torch.zeros(len(x_NE), device=x_NE.device) for n in numbers)
-    for x, label, *pieces in _chunks(weight_VE, x_NE, labels_N, *numbers):
+    for x, label, *pieces, logits in _chunks(weight_VE, x_NE, labels_N, *numbers, kept=logits_NV):
         has_label, label = label >= 0, label.clamp_min(0)
         x = torch.where(has_label[:, None], x, 0.0)
         known = [torch.where(has_label, n, 0.0) for n in pieces]
-        gradients.add(x, _differentiate(x @ weight_VE.T, label, known, temperature, with_entropy))
+        if logits is None:
+            logits = to = x @ weight_VE.T
+        else:
+            to = torch.empty_like(logits)  # kept ones may be asked for again
+        gradients.add(x, _differentiate(logits, label, known, temperature, with_entropy, to))
     return gradients.results()
 
 
@@ -206,9 +226,18 @@ class _Gradients:
         return torch.cat(self.of_x) if self.of_x else self.x_NE.new_empty(0), self.of_weight.to(self.weight_VE.dtype)
 
 
-def _chunks(weight_VE, *tensors):
+def _memory(x_NE, weight_VE, keeps_logits: bool) -> torch.Tensor:
+    """For the logits, or nothing."""
+    return x_NE.new_empty((len(x_NE), len(weight_VE)) if keeps_logits else 0)
+
+
+def _chunks(weight_VE, *tensors, kept=None):
+    """Pieces of the tensors; behind them, if asked for, that of the kept logits or None where there are none."""
     chunk = max(1, _CHUNK_ELEMENTS // weight_VE.shape[0])
-    return zip(*(t.split(chunk) for t in tensors), strict=True)
+    pieces = [t.split(chunk) for t in tensors]
+    if kept is not None:
+        pieces.append(kept[: len(tensors[0])].split(chunk) if kept.numel() else [None] * len(pieces[0]))
+    return zip(*pieces, strict=True)
 
 
 def _precision(x: torch.Tensor) -> torch.dtype:
@@ -231,14 +260,17 @@ def _judge(logits_NV, labels_N, temperature: float, with_entropy: bool, grads_N=
         entropies = -(log_p.exp() * log_p).sum(-1)
     if grads_N is not None:
         numbers = log_sums, entropies, grads_N, entropies
-        gradient = _differentiate(logits_NV, labels_N, numbers, temperature, False)
+        gradient = _differentiate(logits_NV, labels_N, numbers, temperature, False, logits_NV)
     return log_probs, log_sums, entropies, gradient
 
 
-def _differentiate(logits_NV, labels_N, numbers: Numbers, temperature: float, with_entropy: bool):
-    """Gradients of the logits: d log p_label / d logits = label − p;  dH / d logits = −p (log p + H)."""
+def _differentiate(logits_NV, labels_N, numbers: Numbers, temperature: float, with_entropy: bool, to):
+    """Gradients of the logits: d log p_label / d logits = label − p;  dH / d logits = −p (log p + H).
+
+    They may be written into the memory `to`, which may be that of the logits.
+    """
     if (native := _native(logits_NV)) is not None:
-        return native.differentiate(logits_NV, labels_N, numbers, temperature, with_entropy)
+        return native.differentiate(logits_NV, labels_N, numbers, temperature, with_entropy, to)
     log_sums_N, entropies_N, grads_N, entropy_grads_N = numbers
     log_p = logits_NV.to(_precision(logits_NV)) / temperature - log_sums_N[:, None]
     is_label = torch.arange(log_p.shape[1], device=log_p.device) == labels_N[:, None]
@@ -259,7 +291,7 @@ def _native(logits: torch.Tensor) -> _Native | None:
 
 class _Judgement(ctypes.Structure):
     _fields_ = [
-        ("logits", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("logits", "to")),
         *((name, ctypes.c_int64) for name in ("N", "V", "is_bf16", "threads")),
         ("labels", ctypes.c_void_p),
         ("temperature", ctypes.c_float),
@@ -268,7 +300,7 @@ class _Judgement(ctypes.Structure):
 
 
 class _Native:
-    """The two calls of cross_entropy.cpp. They write gradients over the logits."""
+    """The two calls of cross_entropy.cpp. `judge` writes gradients over the logits."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -279,21 +311,23 @@ class _Native:
         numbers = {"log_probs": log_probs, "log_sums": log_sums, "grads": grads}
         if with_entropy:
             numbers["entropies"] = entropies
-        self._call(self._library.judge, logits, labels, temperature, numbers)
+        self._call(self._library.judge, logits, logits, labels, temperature, numbers)
         return log_probs, log_sums, entropies, logits
 
-    def differentiate(self, logits, labels, numbers: Numbers, temperature: float, with_entropy: bool):
+    def differentiate(self, logits, labels, numbers: Numbers, temperature: float, with_entropy: bool, to):
         names = ("log_sums", "entropies", "grads", "entropy_grads") if with_entropy else ("log_sums", "", "grads", "")
         given = {name: n for name, n in zip(names, numbers, strict=True) if name}
-        self._call(self._library.differentiate, logits, labels, temperature, given)
-        return logits
+        self._call(self._library.differentiate, logits, to, labels, temperature, given)
+        return to
 
-    def _call(self, function, logits, labels, temperature: float, numbers) -> None:
+    def _call(self, function, logits, to, labels, temperature: float, numbers) -> None:
         kept = {name: n.float().contiguous() for name, n in numbers.items() if n is not None}
         labels = labels.contiguous()
         assert logits.is_contiguous()
+        assert to.is_contiguous()
         judgement = _Judgement(
             logits=logits.data_ptr(),
+            to=to.data_ptr(),
             N=logits.shape[0],
             V=logits.shape[1],
             is_bf16=logits.dtype == torch.bfloat16,
@@ -349,25 +383,28 @@ def _labelled_log_probs(
     temperature: float,
     with_entropy: bool,
     keeps_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    keeps_logits: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     chosen = (labels_N >= 0).nonzero()[:, 0]
-    arguments = x_NE[chosen], weight_VE, labels_N[chosen], temperature, with_entropy, keeps_gradient
-    log_probs, entropies, log_sums, grad_x = _log_probs(*arguments)
     N = len(x_NE)
+    logits = _memory(x_NE, weight_VE, keeps_logits)  # those of a label come first; the rest is never touched
+    arguments = x_NE[chosen], weight_VE, labels_N[chosen], temperature, with_entropy, keeps_gradient
+    log_probs, entropies, log_sums, grad_x = _log_probs(*arguments, logits)
     return (
         _among(N, chosen, log_probs),
         _among(N, chosen, entropies) if with_entropy else entropies,
         _among(N, chosen, log_sums),
         _among(N, chosen, grad_x) if keeps_gradient else grad_x,
+        logits,
     )
 
 
 @_labelled_log_probs.register_fake
-def _(x_NE, weight_VE, labels_N, temperature, with_entropy, keeps_gradient):
+def _(x_NE, weight_VE, labels_N, temperature, with_entropy, keeps_gradient, keeps_logits):
     numbers = [
         x_NE.new_empty(n, dtype=_precision(x_NE)) for n in (len(x_NE), len(x_NE) if with_entropy else 0, len(x_NE))
     ]
-    return *numbers, x_NE.new_empty(x_NE.shape if keeps_gradient else 0)
+    return *numbers, x_NE.new_empty(x_NE.shape if keeps_gradient else 0), _memory(x_NE, weight_VE, keeps_logits)
 
 
 @torch.library.custom_op("minigpt::labelled_log_probs_backward", mutates_args=(), device_types="cpu")
@@ -375,6 +412,7 @@ def _labelled_log_probs_backward(
     x_NE: torch.Tensor,
     weight_VE: torch.Tensor,
     labels_N: torch.Tensor,
+    logits_NV: torch.Tensor,
     log_sums_N: torch.Tensor,
     entropies_N: torch.Tensor,
     grads_N: torch.Tensor,
@@ -387,7 +425,8 @@ def _labelled_log_probs_backward(
     chosen = (labels_N >= 0).nonzero()[:, 0]
     numbers = [n[chosen] if len(n) else n for n in (log_sums_N, entropies_N, grads_N, entropy_grads_N)]
     options = temperature, with_entropy, needs_x, needs_weight
-    grad_x, grad_weight = _log_probs_backward(x_NE[chosen], weight_VE, labels_N[chosen], numbers, *options)
+    arguments = x_NE[chosen], weight_VE, labels_N[chosen], logits_NV, numbers, *options
+    grad_x, grad_weight = _log_probs_backward(*arguments)
     return _among(len(x_NE), chosen, grad_x) if needs_x else grad_x, grad_weight
 
 
@@ -396,6 +435,7 @@ def _(
     x_NE,
     weight_VE,
     labels_N,
+    logits_NV,
     log_sums_N,
     entropies_N,
     grads_N,

@@ -11,11 +11,17 @@ from minigpt.model.cross_entropy import linear_cross_entropy, linear_log_probs, 
 N, E, V = 37, 16, 50
 
 
-@pytest.fixture(params=["8 rows a chunk", "one chunk", "without a compiler", "as on a GPU"], autouse=True)
+WAYS = ["8 rows a chunk", "one chunk", "logits computed again", "without a compiler", "as on a GPU"]
+
+
+@pytest.fixture(params=WAYS, autouse=True)
 def way(request, monkeypatch):
-    """Small chunks, the last of them not full, and all tokens at once; by torch alone; tokens without a label too."""
-    if request.param == "8 rows a chunk":
+    """Small chunks, the last of them not full, and all tokens at once; logits that are too many to be kept; by torch
+    alone; tokens without a label too."""
+    if request.param in ("8 rows a chunk", "logits computed again"):
         monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", V * 8)
+    if request.param == "logits computed again":
+        monkeypatch.setattr(cross_entropy, "_KEPT_ELEMENTS", N * V - 1)
     if request.param == "without a compiler":
         monkeypatch.setattr(cross_entropy, "load_native", lambda source: None)
     if request.param == "as on a GPU":
