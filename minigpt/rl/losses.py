@@ -83,7 +83,8 @@ def policy_objective(terms: PolicyLossTerms) -> Callable[..., tuple[torch.Tensor
         kl = torch.zeros_like(log_probs)
         if ref_log_probs is not None:
             kl = kl_estimate(log_probs.detach(), ref_log_probs, mask)
-            per_token = per_token + kl_coefficient * kl_loss(log_probs, old, ref_log_probs, mask)
+            of_kl = kl_loss(log_probs, old, ref_log_probs, mask)
+            per_token = per_token + kl_coefficient * (of_kl if correction is None else correction * of_kl)
         if terms.entropy_coefficient:
             per_token = per_token - terms.entropy_coefficient * masked(entropy, mask)
         loss_sum = (masked(per_token, mask) * weights).sum()

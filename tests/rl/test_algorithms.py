@@ -153,6 +153,15 @@ def test_expected_gradients_of_the_kl_estimators_by_enumeration():
     assert (forward - backward).abs().max() > 0.01
 
 
+def test_behaviour_weights_give_the_kl_its_expected_gradient_where_another_policy_sampled():
+    policy, ref, behaviour = draw(11), draw(11, seed=1), torch.log_softmax(draw(11, seed=2), 0)
+    logits, mask = policy.clone().requires_grad_(), torch.ones(11)
+    log_p, log_r = torch.log_softmax(logits, 0), torch.log_softmax(ref, 0)
+    weights = truncated_importance_weights(log_p, behaviour, mask, cap=1e3)
+    (behaviour.exp() * weights * kl_loss(log_p, log_p.detach(), log_r, mask)).sum().backward()
+    torch.testing.assert_close(logits.grad, true_gradient(policy, ref), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_k1_and_k3_have_the_right_expectation(kind):
     log_p, log_r = torch.log_softmax(draw(11), 0), torch.log_softmax(draw(11, seed=1), 0)

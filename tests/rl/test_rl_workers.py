@@ -224,9 +224,9 @@ def expected_loss(model, batch, o, columns, kl_coefficient) -> torch.Tensor:
             loss = -ratio.clamp(1 - o.clip_low, 1 + high).detach() * advantage * log_p
         else:
             loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - o.clip_low, 1 + high) * advantage)
+        loss = loss + kl_coefficient * (log_p - old).exp() * ((ref - log_p).exp() - (ref - log_p) - 1)
         if o.corrects_behaviour:
             loss = loss * (old - here["behaviour"]).exp().clamp(max=o.behaviour_cap)
-        loss = loss + kl_coefficient * (log_p - old).exp() * ((ref - log_p).exp() - (ref - log_p) - 1)
         answers.append(loss - o.entropy_coefficient * entropy)
     if o.aggregation == "token":
         return torch.cat(answers).mean()
