@@ -133,6 +133,18 @@ def test_orthogonalised_matrices_have_singular_values_near_1_and_keep_their_dire
         assert torch.allclose(inner.sort().values, values.sort().values, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (24, 48), (48, 24), (24, 200)], ids=str)
+def test_orthogonalised_matrices_are_those_of_the_iteration_as_it_is_defined(shape):
+    """In float64, also where singular values lie a factor of 10,000 apart."""
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape) * torch.logspace(0, -4, shape[1])
+    x = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.mT @ x + 2.0315 * x @ x.mT @ x @ x.mT @ x
+    found = orthogonalise(matrices, torch.float32).double()
+    assert ((found - x).norm() / x.norm()).item() < 1e-3
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_muon_moves_matrices_orthogonally_and_the_rest_as_adamw(stage, engine):
     """The first update of a matrix is U V^T of its gradient, at AdamW's usual size; of a vector, AdamW's sign step."""
