@@ -60,14 +60,14 @@ def inspect(
     encoder = ChatEncoder(tokenizer or SHIPPED_TOKENIZER)
     files = list_files([path])
     if len(files) > 1:
-        console.print(_file_table(files))
+        console.print(_file_table(files, path))
     _inspect_file(files[0], stage or stage_of_file(files[0]), encoder, records, max_chars, console)
 
 
-def _file_table(files: list[Path]) -> Table:
-    table = Table("file", "format", "stage", title=f"{len(files)} files", title_justify="left")
+def _file_table(files: list[Path], folder: Path) -> Table:
+    table = Table("file", "format", "stage", title=f"{len(files)} files in {folder}", title_justify="left")
     for file in files:
-        table.add_row(str(file), detect_format(file), stage_of_file(file))
+        table.add_row(str(file.relative_to(folder)), detect_format(file), stage_of_file(file))
     return table
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything a change must pass: sets up .venv (once), then linter, formatter, type checker and tests.
-# Options go to pytest: ./launch/test.sh tests/model -k packed
+# All tests run file by file in two processes; options go to a single pytest: ./launch/test.sh tests/model -k packed
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 ensure_environment
 cd "$ROOT"
@@ -28,6 +28,8 @@ step() { # name, command …
 step "ruff check" ruff check .
 step "ruff format" ruff format --check .
 step "mypy" mypy
+[[ $# -gt 0 ]] || set -- -n 2 --dist loadfile
+export OMP_WAIT_POLICY=passive # threads that wait leave the core to the other process instead of spinning
 step "pytest" pytest "$@"
 printf '\n== summary: %s ==\n' "${summary% · }"
 exit "$failed"
