@@ -269,10 +269,16 @@ def heldout_aspect(name: str, known: Aspect, lang: Lang, form: int) -> Record:
 
 
 def sum_preference(seed: int, problem: Sum, lang: Lang, stream: Stream) -> Record:
-    """A sum with its worked answer, and with that of a misread sum: the steps are true, but of another question."""
+    """A sum with its worked answer, and with that of a misread sum: the steps are true, but of another question; or
+    there are none, as often."""
     wrong = misread(seed, problem, stream)
-    chosen, rejected = ([assistant(str(s.result), s.steps(lang))] for s in (problem, wrong))
-    return {"messages": [user(problem.question(lang, stream.below(4)))], "chosen": chosen, "rejected": rejected}
+    question = problem.question(lang, stream.below(4))
+    thought = wrong.hasty_thought(lang) if stream.chance(0.5) else wrong.steps(lang)
+    return {
+        "messages": [user(question)],
+        "chosen": [assistant(str(problem.result), problem.steps(lang))],
+        "rejected": [assistant(str(wrong.result), thought)],
+    }
 
 
 def sum_record(problem: Sum, lang: Lang, stream: Stream) -> Record:
