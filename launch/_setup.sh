@@ -70,8 +70,11 @@ make_environment() {
     local python clear=()
     python="$(find_python)" || exit 1 # its sentence is on the screen already
     check_compiler "$python"
-    # A GPU that came or went wants another build of torch; a moved folder or Python leaves an environment that cannot start.
+    # A GPU that came or went wants another build of torch; a moved folder leaves an environment that cannot start, and one
+    # that another Python made would be half of each.
+    local which='import sys; print(sys.version, sys.base_prefix)'
     if [[ -f "$STAMP" && "$(cut -d' ' -f1,3- "$STAMP")" != "$(wanted_stamp | cut -d' ' -f1,3-)" ]] ||
+        [[ "$("$VENV/bin/python" -c "$which" 2>/dev/null)" != "$("$python" -c "$which")" ]] ||
         ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         clear=(--clear)
     fi
