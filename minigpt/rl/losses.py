@@ -83,6 +83,7 @@ def policy_objective(terms: PolicyLossTerms) -> Callable[..., tuple[torch.Tensor
         kl = torch.zeros_like(log_probs)
         if ref_log_probs is not None:
             kl = kl_estimate(log_probs.detach(), ref_log_probs, mask)
+            # an expectation over π_old, like the surrogate: tokens of another sampler are weighed alike
             of_kl = kl_loss(log_probs, old, ref_log_probs, mask)
             per_token = per_token + kl_coefficient * (of_kl if correction is None else correction * of_kl)
         if terms.entropy_coefficient:

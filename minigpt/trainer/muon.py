@@ -126,29 +126,34 @@ def _orthogonal_updates(directions: list[torch.Tensor], dtype: torch.dtype) -> l
 
 
 def orthogonalise(matrices_KMN: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """About U Vᵀ of each matrix U S Vᵀ: singular values between 0.7 and 1.2 (a quintic Newton–Schulz iteration).
+    """About U Vᵀ of each matrix U S Vᵀ: singular values between 0.7 and 1.2.
 
     Args:
         matrices_KMN: K matrices.
         dtype: Of the computation and the result.
     """
-    a, b, c = _COEFFICIENTS
     x = matrices_KMN.to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT.contiguous()  # a product of transposed views takes twice as long
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if dtype.itemsize >= 4 and x.shape[2] >= 2 * x.shape[1]:
-        x = _through_gram(x)
-        return x.mT if tall else x
-    for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # a·x + (b·G + c·G²)·x, rounded once
+    wide = x.shape[2] >= 2 * x.shape[1]
+    x = _newton_schulz_on_gram(x) if wide and dtype.itemsize >= 4 else _newton_schulz(x)
     return x.mT if tall else x
 
 
-def _through_gram(x_KMN: torch.Tensor) -> torch.Tensor:
+def _newton_schulz(x_KMN: torch.Tensor) -> torch.Tensor:
+    """The quintic iteration X ← a·X + (b·G + c·G²)·X with G = X Xᵀ."""
+    a, b, c = _COEFFICIENTS
+    x = x_KMN
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # rounded once
+    return x
+
+
+def _newton_schulz_on_gram(x_KMN: torch.Tensor) -> torch.Tensor:
     """The same iteration with fewer operations where N is much more than M: 17 products of [M, M] and 2 of [M, N].
 
     Every step multiplies X by a polynomial P of the Gram matrix G = X Xᵀ, and the next G is P G P. So G alone is
