@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -63,12 +63,20 @@ class Clock:
         self.computed.clear()
 
 
+class Asked(NamedTuple):
+    """A rollout worker at work: the actor itself, since another one may take its place, and what it was told to do."""
+
+    worker: Any
+    loading: ray.ObjectRef
+    generating: ray.ObjectRef
+
+
 @dataclass
 class Sampling:
-    """Answers under way: the request, and for each worker the references of its loading and its generating."""
+    """Answers under way: the request, and who was asked, by rank."""
 
     request: PromptRequest
-    references: list[tuple[ray.ObjectRef, ray.ObjectRef]]
+    asked: list[Asked]
 
 
 class Roles:
@@ -142,11 +150,11 @@ class Roles:
         self._turn("rollout")
         return Sampling(request, [self._ask(rank, request) for rank in range(len(rollout))])
 
-    def _ask(self, rank: int, request: PromptRequest) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+    def _ask(self, rank: int, request: PromptRequest) -> Asked:
         # A worker does one thing after the other: weights never change in the middle of an answer.
         rollout = self.groups["rollout"]
         loading = rollout.one(rank, "load", self.delivery.for_worker(rank, request.version))
-        return loading, rollout.one(rank, "generate", request)
+        return Asked(rollout.workers[rank], loading, rollout.one(rank, "generate", request))
 
     def collect(self, sampling: Sampling) -> RolloutBatch:
         """Wait for the answers; by ascending sample number. A dead worker is replaced and asked again."""
@@ -161,18 +169,19 @@ class Roles:
     def _collect_one(self, rank: int, sampling: Sampling) -> tuple[Timed[int], Timed[RolloutBatch]]:
         rollout = self.groups["rollout"]
         for attempt in range(ATTEMPTS):
-            loading, generating = sampling.references[rank]
+            worker, loading, generating = sampling.asked[rank]
             try:
                 return rollout.result(loading, rank, "load weights"), rollout.result(generating, rank, "answer")
             except WorkerDied as death:
                 if attempt + 1 == ATTEMPTS:
                     raise
-                self.say(f"{death}; a new one answers the same prompts")
                 self._turn("rollout")
-                rollout.restart(rank)
-                self.delivery.forget(rank)
-                rollout.wait([rollout.one(rank, "setup")], "load its model")
-                sampling.references[rank] = self._ask(rank, sampling.request)
+                if worker is rollout.workers[rank]:  # else it was replaced while another request was waited for
+                    self.say(f"{death}; a new one answers the same prompts")
+                    rollout.restart(rank)
+                    self.delivery.forget(rank)
+                    rollout.wait([rollout.one(rank, "setup")], "load its model")
+                sampling.asked[rank] = self._ask(rank, sampling.request)
         raise AssertionError
 
     # ---------------------------------------------------------------------------------------------------- judging

@@ -19,6 +19,7 @@ from minigpt.rl.delivery import Delivery
 from minigpt.rl.group import WorkerDied, WorkerGroup, place
 from minigpt.rl.layout import Role, bundles, choose_layout, laptop
 from minigpt.rl.publish import unpack
+from minigpt.rl.roles import Roles
 from minigpt.rl.workers import PolicyWorker, RolloutWorker
 from minigpt.trainer.setup import load_masters
 
@@ -182,6 +183,28 @@ def test_weights_that_come_while_answers_are_drawn_wait_for_their_end(run, batch
     for ours, theirs in zip(found[1::2], expected[1::2], strict=True):
         assert all(np.array_equal(array, arrays_of(theirs)[name]) for name, array in arrays_of(ours).items())
     assert not np.array_equal(found[1].tokens, found[3].tokens)
+
+
+def test_a_sampler_that_dies_of_two_requests_is_replaced_once(run):
+    """With overlap and dynamic sampling a filling round and the next step's answers are under way at the same time."""
+    said: list[str] = []
+    roles = Roles(make_job(run), said.append)
+    try:
+        roles.setup()
+        roles.publish(0)
+        expected = roles.collect(roles.sample(make_request()))
+        first = roles.groups["rollout"].workers[0]
+        under_way = [roles.sample(make_request()) for _ in range(2)]
+        ray.kill(first)
+        found, second = [roles.collect(under_way[0])], roles.groups["rollout"].workers[0]
+        found += [roles.collect(under_way[1])]
+        assert second is not first
+        assert roles.groups["rollout"].workers[0] is second, "it holds the weights and has compiled what it needs"
+        assert sum("a new one answers" in sentence for sentence in said) == 1
+        for batch in found:
+            assert all(np.array_equal(array, arrays_of(expected)[name]) for name, array in arrays_of(batch).items())
+    finally:
+        roles.close()
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: f"{world[0]} ranks, ZeRO {world[1]}")

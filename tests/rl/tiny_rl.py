@@ -200,6 +200,7 @@ class InlineGroup:
         self, worker: type, role: str, layout: Any, needed: Any, placement: Any, arguments: Any, timeout: Any
     ) -> None:
         self.role, self.worker = role, worker(0, 1, 1, *arguments)
+        self.workers = [self.worker]
         self.calls: list[Call] = []
 
     def __len__(self) -> int:
