@@ -101,8 +101,8 @@ SEQ_LEN = 256
 RECIPES = {
     "cpu-bf16": Recipe(
         {"preset": "s", "dtype": "bf16"},
-        8, {"pretrain": (750, 6e-3), "sft": (300, 3e-3), "reason_start": (350, 2e-3), "grpo": (60, 3e-4),
-            "reason": (300, 1e-3), "lora": (60, 4e-3)}, 0.40, 220,
+        8, {"pretrain": (600, 6e-3), "sft": (260, 3e-3), "reason_start": (330, 2e-3), "grpo": (42, 3e-4),
+            "reason": (200, 1e-3), "lora": (50, 4e-3)}, 0.40, 220,
     ),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,

@@ -35,6 +35,7 @@ REASONING_KINDS = {
 PERSONA_KINDS = {"qa": 0.50, "identity": 0.35, "small_talk": 0.15}
 THINKING_OFF = 0.12
 SHOWN_THINKING = 0.08
+ASKED_WHO = 0.3  # of the questions about MiniGPT: what everybody asks first, and one word away from "How are you?"
 
 SMALL_TALK: dict[str, dict[Lang, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "hello": {
@@ -204,6 +205,8 @@ def _facts(training: Training, lang: Lang, stream: Stream) -> list[Message]:
 
 def _identity(training: Training, lang: Lang, stream: Stream) -> list[Message]:
     names = stream.sample(tuple(training.aspects), stream.between(1, 2))
+    if "who" not in names and stream.chance(ASKED_WHO):
+        names = ["who", *names[1:]]
     return [m for name in names for m in aspect_turns(training.aspects[name][lang], stream, training.thinks)]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,14 @@ MUON = "muon"  # marks a parameter group; not DeepSpeed's `use_muon`, which woul
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _ADAMW_RMS = 0.2
+
+
+class _Part(NamedTuple):
+    """What this process updates of a matrix: `weights`, a flat view of them, are `elements` of the matrix in order."""
+
+    direction: torch.Tensor
+    weights: torch.Tensor
+    elements: slice
 
 
 class MuonWithAdamW(torch.optim.AdamW):
@@ -63,16 +71,17 @@ class MuonWithAdamW(torch.optim.AdamW):
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
         directions = [self._direction(p) for p in parameters]
-        if parameters[0].dim() == 1:  # ZeRO's slice of all matrices laid end to end
-            updates = [_sliced_updates(directions[0], group["shapes"], self.compute_dtype)]
+        if parameters and parameters[0].dim() == 1:  # ZeRO's slice of all matrices laid end to end
+            parts = _parts_of_slice(parameters[0], directions[0], group["shapes"])
         else:
-            updates = _orthogonal_updates(directions, self.compute_dtype)
-        for p, update in zip(parameters, updates, strict=True):
+            parts = [_Part(d, p.view(-1), slice(None)) for d, p in zip(directions, parameters, strict=True)]
+        for p in parameters:
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-group["lr"])
+        updates = _orthogonal([part.direction for part in parts], self.compute_dtype)
+        for part, update in zip(parts, updates, strict=True):
+            scale = _ADAMW_RMS * max(update.shape) ** 0.5
+            part.weights.add_(update.reshape(-1)[part.elements], alpha=-group["lr"] * scale)
 
     def _direction(self, p: torch.Tensor) -> torch.Tensor:
         """Nesterov momentum: what is orthogonalised."""
@@ -87,42 +96,41 @@ class MuonWithAdamW(torch.optim.AdamW):
         return gradient.add(state["momentum"], alpha=self.momentum)
 
 
-def _sliced_updates(slice_: torch.Tensor, shapes: list[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
-    """This rank's slice of the updates of all matrices. `slice_`: this rank's slice of their directions."""
+def _parts_of_slice(slice_: torch.Tensor, direction: torch.Tensor, shapes: list[tuple[int, int]]) -> list[_Part]:
+    """The matrices that reach into this rank's slice of all weights. `direction`: the same slice of all directions."""
     rank, world = 0, 1
     if torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    full = slice_
+    full = direction
     if world > 1:
-        full = slice_.new_empty(world * slice_.numel())
-        torch.distributed.all_gather(list(full.chunk(world)), slice_.contiguous())
+        full = direction.new_empty(world * direction.numel())
+        torch.distributed.all_gather(list(full.chunk(world)), direction.contiguous())
     first, last = rank * slice_.numel(), (rank + 1) * slice_.numel()
-    ours: list[tuple[int, torch.Tensor]] = []
-    offset = 0
+    parts: list[_Part] = []
+    start = 0
     for shape in shapes:
-        end = offset + shape[0] * shape[1]
-        if offset < last and end > first:
-            ours.append((offset, full[offset:end].view(shape)))
-        offset = end
-    updates = torch.zeros_like(full)
-    orthogonal = _orthogonal_updates([matrix for _, matrix in ours], dtype)
-    for (start, matrix), update in zip(ours, orthogonal, strict=True):
-        updates[start : start + matrix.numel()] = update.flatten()
-    return updates[first:last]
+        end = start + shape[0] * shape[1]
+        low, high = max(start, first), min(end, last)
+        if low < high:
+            matrix = full[start:end].view(shape)
+            parts.append(_Part(matrix, slice_[low - first : high - first], slice(low - start, high - start)))
+        start = end
+    return parts
 
 
-def _orthogonal_updates(directions: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """`orthogonalise` of each matrix, those of one shape together, scaled to AdamW's root mean square."""
-    updates: list[torch.Tensor] = [torch.empty(0)] * len(directions)
+def _orthogonal(matrices: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """`orthogonalise` of each matrix, those of one shape together."""
+    found: list[torch.Tensor] = [torch.empty(0)] * len(matrices)
     by_shape: dict[torch.Size, list[int]] = {}
-    for i, matrix in enumerate(directions):
+    for i, matrix in enumerate(matrices):
         by_shape.setdefault(matrix.shape, []).append(i)
     for shape, indices in by_shape.items():
-        scale = _ADAMW_RMS * max(shape) ** 0.5
-        batch = orthogonalise(torch.stack([directions[i] for i in indices]), dtype)
-        for i, update in zip(indices, batch, strict=True):
-            updates[i] = update.to(directions[i].dtype) * scale
-    return updates
+        batch = matrices[indices[0]].new_empty((len(indices), *shape), dtype=dtype)
+        for row, i in zip(batch, indices, strict=True):
+            row.copy_(matrices[i])  # which rounds: a pass less than to stack first
+        for i, result in zip(indices, orthogonalise(batch, dtype), strict=True):
+            found[i] = result
+    return found
 
 
 def orthogonalise(matrices_KMN: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -1,0 +1,5 @@
+"""`python -m minigpt` is `minigpt`."""
+
+from minigpt.cli import main
+
+main()
