@@ -328,7 +328,7 @@ class ChatTemplate:
             raise UserError(f"a tool call has the keys {sorted(function)}: it needs name and arguments")
         arguments = function["arguments"]
         if isinstance(arguments, str):  # as OpenAI's clients give it; templates want the object
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
         hidden = {
             "name": rendered.hide(message, "call", str(function["name"])),

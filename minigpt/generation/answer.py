@@ -116,6 +116,7 @@ class AnswerStream:
 def _tool_call(text: str) -> dict[str, Any] | None:
     try:
         call = json.loads(text)
-    except ValueError:
+        json.dumps(call, ensure_ascii=False).encode()  # raises for half an emoji, which nobody could be sent
+    except (ValueError, RecursionError):
         return None
     return call if isinstance(call, dict) and {"name", "arguments"} <= call.keys() else None

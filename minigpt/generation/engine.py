@@ -487,9 +487,7 @@ class Engine:
         self._sampling = None
 
     def _new_cache(self, tokens: int) -> KVCache:
-        dtype = self.decoder.dtype
-        if self.device.type == "cpu" and dtype != torch.float64:
-            dtype = torch.float32  # attention to a few queries is faster in it than in bfloat16 there
+        dtype = _cache_dtype(self.decoder.dtype, self.device)
         return KVCache(self.model.config, self.slots, self._bucket(tokens), dtype, self.device)
 
     def _bucket(self, tokens: int) -> int:
@@ -515,7 +513,8 @@ class Engine:
             return []
         budget, whole, ends = self.prefill_chunk, [], {}
         leads: dict[Request, int] = {}  # the sample that reads the prompt, for the others of its request
-        for row, sequence in unread:
+        # What is begun goes first: a sibling that came into a lower row must not begin anew
+        for row, sequence in sorted(unread, key=lambda one: -one[1].in_cache):
             request = sequence.request
             if sequence.is_prompt and (request._read is not None or request in leads):
                 continue
@@ -766,6 +765,19 @@ class Engine:
         self._rows[row] = None
         request._unfinished -= 1
         return True
+
+
+def _cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if device.type == "cpu" and dtype != torch.float64:
+        return torch.float32  # attention to a few queries is faster in it than in bfloat16 there
+    return dtype
+
+
+def cache_bytes(model: MiniGPT, slots: int, tokens: int) -> int:
+    """Memory of an engine's cache for so many sequences of so many tokens."""
+    c, weight = model.config, next(model.parameters())
+    numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * slots * tokens
+    return numbers * _cache_dtype(weight.dtype, weight.device).itemsize
 
 
 IDLE = SamplingParams(temperature=0.0)  # of a row that nobody uses

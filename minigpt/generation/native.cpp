@@ -288,7 +288,7 @@ static void draw_row(const float* own, const float* logits, int64_t V, bool log_
     const float temperature = row.temperature > 0 ? row.temperature : 1;
     const float most = temper(logits, V, temperature, t);
     row.behaviour_log_prob = 0;
-    if (most == -INFINITY) {  // a network that has diverged
+    if (std::isinf(most)) {  // a network that has diverged
         row.id = 0, row.log_prob = row.behaviour_log_prob = NAN;
         return;
     }

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 NUCLEUS_CANDIDATES = 64  # a nucleus is looked for among so many best tokens before the whole vocabulary is sorted
 SPARE = 14  # tokens looked at behind the last one that counts, which may be equal to it
+LEAST_TEMPERATURE = 1e-5
 MOST_CANDIDATES = 256  # a top-k up to this is sampled from a sorted list of so many tokens
 COLUMN = 8  # tokens of which the best is looked for first
 BLOCK = 64  # tokens whose probabilities are summed up before one of them is chosen
@@ -32,7 +33,8 @@ class SamplingParams:
 
     Args:
         max_new_tokens: Most tokens to add.
-        temperature: Logits are divided by it; 0 takes the most probable token (greedy).
+        temperature: Logits are divided by it; 0 takes the most probable token (greedy), and so does what is so small
+            that the quotients would overflow.
         top_k: Keep the k most probable tokens; 0 keeps all.
         top_p: Keep the most probable tokens until their probabilities reach this sum (nucleus, arXiv:1904.09751).
         min_p: Keep tokens at least this fraction as probable as the most probable one (arXiv:2407.01082).
@@ -58,6 +60,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         for name, valid, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0.0 <= self.temperature < math.inf, "0 (greedy) or greater"),

@@ -22,11 +22,13 @@ from minigpt.serve.worker import Piece
 
 
 class Token(NamedTuple):
-    """A token of an answer with its log-probability, and the most probable ones at its place."""
+    """A token of an answer with its log-probability, the most probable ones at its place, and how many characters of
+    text stand before it."""
 
     id: int
     log_prob: float
     top: Sequence[tuple[int, float]] = ()
+    offset: int = 0
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>")
@@ -83,6 +85,7 @@ class Choice:
     ) -> None:
         self.stream, self.finish_reason = stream, "length"
         self.tokens = 0
+        self._characters = 0  # of text so far
         self._encoder, self._stop_ids, self._wants_log_probs = encoder, frozenset(stop_ids), log_probs
         self._stop = StopStrings(stop)
         self._held: deque[Part] = deque()  # given to `_stop` and not given back
@@ -93,12 +96,14 @@ class Choice:
     def push(self, piece: Piece) -> None:
         """Takes the next tokens."""
         self.tokens += len(piece.ids)
-        ids = [token for token in piece.ids if token not in self._stop_ids]
-        if self._wants_log_probs and piece.log_probs is not None:
-            tops: Sequence[Sequence[tuple[int, float]]] = piece.top or [()] * len(piece.ids)
-            drawn = zip(piece.ids, piece.log_probs, tops, strict=True)
-            self._log_probs += [Token(*one) for one in drawn if one[0] not in self._stop_ids]
-        self._show(self.stream.extend(ids))
+        if not self._wants_log_probs or piece.log_probs is None:
+            self._extend([token for token in piece.ids if token not in self._stop_ids])
+            return
+        tops: Sequence[Sequence[tuple[int, float]]] = piece.top or [()] * len(piece.ids)
+        for token, log_prob, top in zip(piece.ids, piece.log_probs, tops, strict=True):
+            if token not in self._stop_ids:
+                self._log_probs.append(Token(token, log_prob, top, self._characters))
+                self._extend([token])
 
     def finish(self, reason: str) -> None:
         """The sample has ended: gives out what was held back."""
@@ -120,6 +125,11 @@ class Choice:
     def failed_calls(self) -> str:
         """Visible text of tool calls that are no JSON, to be shown as the text that it is."""
         return "" if self.tool_calls() else self._calls
+
+    def _extend(self, ids: list[int]) -> None:
+        parts = self.stream.extend(ids)
+        self._characters += sum(len(part.text) for part in parts)
+        self._show(parts)
 
     def _show(self, parts: list[Part]) -> None:
         for part in parts:
@@ -263,7 +273,7 @@ class Envelope:
                 {self._text(i): log_prob for i, log_prob in [(token.id, token.log_prob), *reversed(token.top)]}
                 for token in drawn
             ],
-            "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+            "text_offset": [token.offset for token in drawn],
         }
 
     def _listed(self, token_id: int, log_prob: float) -> dict[str, Any]:

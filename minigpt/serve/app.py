@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from minigpt.errors import UserError
 from minigpt.generation.answer import AnswerStream
@@ -253,6 +254,8 @@ async def _answer(served: Served, request: Request, asked: _ChatAnswer) -> Respo
             prompts = asked.prompt_ids()  # takes less time than another thread needs to begin
     except (UserError, UnicodeError) as error:
         raise ApiError(str(error), param=asked.param) from None
+    except RecursionError:
+        raise ApiError("the request is nested too deeply", param=asked.param) from None
     for prompt in prompts:
         served.check_length(prompt, asked.param)
     worker.reserve(sequences)
@@ -261,11 +264,12 @@ async def _answer(served: Served, request: Request, asked: _ChatAnswer) -> Respo
             ids,
             asked.params,
             asked.n,
+            number * asked.n,  # else equal prompts would get equal texts
             asked.log_probs,
             asked.top_log_probs,
             asked.decode if asked.params.stop else None,
         )
-        for ids in prompts
+        for number, ids in enumerate(prompts)
     ]
     submitted = await asyncio.gather(*map(worker.submit, jobs), return_exceptions=True)
     if failed := [error for error in submitted if error is not None]:
@@ -425,6 +429,8 @@ async def _body(request: Request) -> bytes:
                 body += part
                 if len(body) > MAX_BODY_BYTES:
                     raise too_large
+    except ClientDisconnect:
+        raise ApiError("the client left before its request was there") from None
     except TimeoutError:
         raise ApiError(f"the body did not arrive within {BODY_SECONDS:.0f} seconds", status=408) from None
     return bytes(body)

@@ -9,12 +9,19 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from minigpt.errors import UserError
 from minigpt.generation.command import thinking_switch
 
+if TYPE_CHECKING:
+    import torch
+
+    from minigpt.model.model_minigpt import MiniGPT
+
 DRAIN_SECONDS = 10
+MEMORY_SHARE = 0.5  # of what is free: while the cache grows, the old one is there as well
+LEAST_LENGTH = 16
 # The engine's thread gets Python back so soon from the event loop. A prompt is some 150 operators, after each of which
 # it asks for it: with 0.5 ms the step that read the prompts of a crowd took 33 to 41 ms, a decode step 2.4 (measured).
 SWITCH_SECONDS = 0.0001
@@ -31,6 +38,8 @@ class ServeOptions:
         api_key: What clients must send as Authorization: Bearer KEY.
         name: Of the model, as clients see it; by default the run's folder.
         slots: Sequences that are decoded together.
+        max_length: Most tokens of a prompt and its answer; by default the model's context, or less where the memory
+            would not hold so much in all slots.
         max_waiting: Sequences that may wait for a slot; further requests get status 429.
         max_n: Most texts for one prompt.
         max_new_tokens: Most tokens of an answer when the request does not say.
@@ -51,6 +60,7 @@ class ServeOptions:
     api_key: str | None = None
     name: str | None = None
     slots: int = 16
+    max_length: int | None = None
     max_waiting: int = 256
     max_n: int = 8
     max_new_tokens: int = 512
@@ -93,8 +103,8 @@ def check(options: ServeOptions) -> None:
     shared = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     SamplingParams(**{name: getattr(options, name) for name in shared})
     options.enable_thinking()
-    for name, least in (("slots", 1), ("max_waiting", 0), ("max_n", 1)):
-        if getattr(options, name) < least:
+    for name, least in (("slots", 1), ("max_waiting", 0), ("max_n", 1), ("max_length", LEAST_LENGTH)):
+        if (value := getattr(options, name)) is not None and value < least:
             raise UserError(f"{name} is {getattr(options, name)}; give at least {least}")
     if not 0 <= options.port < 1 << 16:
         raise UserError(f"port is {options.port}; give a number up to 65535")
@@ -105,6 +115,39 @@ def check(options: ServeOptions) -> None:
             f"host {options.host} can be reached from other machines: protect the server with --api_key KEY, or leave "
             f"--host out to serve this machine only"
         )
+
+
+def choose_length(model: MiniGPT, options: ServeOptions, free: int) -> int:
+    """Tokens of a sequence that all slots can hold at once in `free` bytes, which the cache grows into by and by.
+
+    Raises:
+        UserError: that is less than what was asked for, or than anybody could use.
+    """
+    from minigpt.generation.engine import cache_bytes
+
+    context = model.config.max_position_embeddings
+    wanted = min(options.max_length or context, context)
+    fits = int(MEMORY_SHARE * free / cache_bytes(model, options.slots, 1))
+    if fits >= wanted:
+        return wanted
+    if options.max_length is not None or fits < LEAST_LENGTH:
+        raise UserError(
+            f"{options.slots} slots of {wanted} tokens take {cache_bytes(model, options.slots, wanted) / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB are free, which is enough for {fits} tokens: give fewer --slots or --max_length"
+        )
+    print(
+        f"the memory is enough for {options.slots} slots of {fits} tokens, the model's context is {context}: longer "
+        "conversations are refused (with fewer --slots they may be longer)",
+        flush=True,
+    )
+    return fits
+
+
+def _free_memory(device: torch.device) -> int:
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def is_loopback(host: str) -> bool:
@@ -146,12 +189,13 @@ def _serve(options: ServeOptions, listening: socket.socket) -> bool:
     from minigpt.serve.worker import EngineWorker
 
     model, encoder = load_for_inference(options.run, options.device, options.dtype, options.adapter)
-    worker = EngineWorker(Engine(model, slots=options.slots), options.max_waiting)
+    length = choose_length(model, options, _free_memory(next(model.parameters()).device))
+    worker = EngineWorker(Engine(model, slots=options.slots, max_length=length), options.max_waiting)
     stage = stage_of(options.run)
     served = Served(
         name=options.name or options.run.resolve().name or "minigpt",
         encoder=encoder,
-        context=model.config.max_position_embeddings,
+        context=length,
         stop_ids=stop_token_ids(model),
         worker=worker,
         options=options,

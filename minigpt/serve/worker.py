@@ -14,6 +14,7 @@ import asyncio
 import queue
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +49,7 @@ class Job:
         prompt_ids: Token ids.
         params: For all samples.
         n: Samples.
+        first_stream: Number of the first sample's random stream; the others' follow.
         log_probs: Whether they are wanted.
         top_log_probs: Of so many most probable tokens they are wanted as well.
         decode: ids → the text in which the engine looks for stop strings.
@@ -59,6 +61,7 @@ class Job:
     prompt_ids: list[int]
     params: SamplingParams
     n: int = 1
+    first_stream: int = 0
     log_probs: bool = False
     top_log_probs: int = 0
     decode: Decode | None = None
@@ -167,6 +170,7 @@ class EngineWorker:
             await asyncio.sleep(0.05)
         for job in list(self._live):
             self.cancel(job)
+            job.error = ApiError("the server is ending; what was made of the answer is not all of it", status=503)
 
     def stop(self) -> None:
         """Lets `run` return after the step that is under way."""
@@ -197,13 +201,17 @@ class EngineWorker:
         """Hands a job to the engine; its room must be reserved.
 
         Raises:
-            ApiError: the engine refuses it.
+            ApiError: the engine refuses it, or broke.
         """
         self._live.add(job)
         self._inbox.put(lambda: self._submit(job))
+        if self.crashed is not None:
+            self._fail_all()
         await job.accepted.wait()
         if isinstance(job.error, ValueError):
             raise ApiError(str(job.error)) from job.error
+        if job.error is not None:
+            raise job.error
 
     def cancel(self, job: Job) -> None:
         """Nobody wants this job any longer: its slots are free at the next step."""
@@ -212,6 +220,12 @@ class EngineWorker:
         job.cancelled = True
         job.wake()
         self._inbox.put(lambda: self._cancel(job))
+
+    def _fail_all(self) -> None:
+        """The engine has broken: whoever waits for an answer, or for a place, is told so."""
+        for job in list(self._live):
+            job.error = ApiError("the engine has broken down; the server's log says why", status=500)
+            self._deliver([(job, [], True)])
 
     def _deliver(self, news: list[tuple[Job, list[Piece], bool]]) -> None:
         for job, pieces, ended in news:
@@ -258,6 +272,7 @@ class EngineWorker:
                 job.prompt_ids,
                 job.params,
                 n=job.n,
+                sequence_ids=range(job.first_stream, job.first_stream + job.n),
                 decode=job.decode,
                 log_probs=job.log_probs,
                 top_log_probs=job.top_log_probs,
@@ -268,7 +283,7 @@ class EngineWorker:
             return
         self._jobs[job.request], job.given = job, [0] * job.n
         self._silent.add(job)
-        self._loop.call_soon_threadsafe(job.accepted.set)
+        self._on_loop(job.accepted.set)
 
     def _cancel(self, job: Job) -> None:
         if job.request is not None and job.request in self._jobs:
@@ -290,17 +305,20 @@ class EngineWorker:
         if news:
             self._send(news)
 
+    def _on_loop(self, act: Callable[..., None], *arguments: Any) -> None:
+        with suppress(RuntimeError):  # the event loop has ended in the middle of a long step: nobody listens
+            self._loop.call_soon_threadsafe(act, *arguments)
+
     def _send(self, news: list[tuple[Job, list[Piece], bool]]) -> None:
-        self._loop.call_soon_threadsafe(self._deliver, news)
+        self._on_loop(self._deliver, news)
 
     def _crash(self, error: Exception) -> None:
         import traceback
 
         traceback.print_exc()
         self.crashed = error
-        for job in self._jobs.values():
-            job.error = ApiError("the engine has broken down; the server's log says why", status=500)
-        self._send([(job, job.collect(), True) for job in self._jobs.values()])
+        self._send([(job, job.collect(), False) for job in self._jobs.values()])
         self._jobs.clear()
+        self._on_loop(self._fail_all)  # also those that still lie in the inbox
         if self.on_crash is not None:
-            self._loop.call_soon_threadsafe(self.on_crash)
+            self._on_loop(self.on_crash)

@@ -138,6 +138,21 @@ def test_samples_share_one_reading_of_the_prompt_also_those_that_wait_for_a_slot
     assert [c.ids for c in request.completions] == alone
 
 
+def test_a_prompt_read_in_pieces_is_read_once_though_its_samples_move_into_other_rows(model):
+    """Rows in front of a group become free while its prompt is read: the last sample moves there, and must not begin
+    the prompt anew."""
+    short, long = prompts_of([4, 90])
+    engine = Engine(model, slots=6, prefix_cache_tokens=0, prefill_chunk=16)
+    for tokens in (2, 3, 4):
+        engine.submit(short, SamplingParams(max_new_tokens=tokens, temperature=0))
+    engine.step()
+    read = count_read_tokens(engine)
+    engine.submit(long, SamplingParams(max_new_tokens=5, temperature=1.0, seed=2), n=3)
+    run(engine)
+    assert sum(read) == 90
+    assert engine.stats.prompt_tokens == 3 * 4 + 90
+
+
 def count_read_tokens(engine: Engine) -> list[int]:
     """Collects the sizes of all passes over prompts from now on."""
     sizes, hidden = [], engine.decoder.hidden

@@ -176,10 +176,11 @@ def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token(uniform):
     assert rows["id"] == (3 if uniform == 0.0 else 70)
 
 
-def test_a_network_that_has_diverged_gives_a_token_of_the_vocabulary():
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_a_network_that_has_diverged_gives_a_token_of_the_vocabulary(logit):
     params = [*FILTERS.values()]
     sampler, rows = native_sampler(97, len(params)), draws_of(params, 97)
-    sampler.logits_BV[:], rows["uniform"] = math.nan, 0.5
+    sampler.logits_BV[:], rows["uniform"] = logit, 0.5
     sampler.draw(rows, True)
     assert ((rows["id"] >= 0) & (rows["id"] < 97)).all()
     assert np.isnan(rows["log_prob"]).all()

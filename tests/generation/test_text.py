@@ -123,3 +123,17 @@ def test_the_message_read_from_the_stream_is_the_message_that_was_rendered(name,
     assert encoder.encode([*user, read])[0] == whole
     kinds = [kind for kind, _ in parts]
     assert kinds == {"thinking": ["thinking", "answer"], "tool": ["tool_call"]}.get(name, ["answer"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000, '{"name": "f", "arguments": ' + '{"a": ' * 5000, '{"name": "f", "arguments": "\\ud83d"}'],
+    ids=["lists", "objects", "half an emoji"],
+)
+def test_a_tool_call_that_nobody_could_be_sent_is_shown_as_the_text_that_it_is(text):
+    stream = AnswerStream(encoder)
+    stream.extend([encoder.token_id("<tool_call>"), *encoder.encode_text(text), encoder.token_id("</tool_call>")])
+    stream.flush()
+    message = stream.message()
+    assert message["content"] == text
+    assert "tool_calls" not in message

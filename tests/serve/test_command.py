@@ -5,17 +5,18 @@ import signal
 import socket
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import openai
 import pytest
-from scripted_server import start_server
+from scripted_server import CONTEXT, scripted_model, start_server, stop_server
 
 from minigpt.errors import UserError
-from minigpt.generation.engine import generate
+from minigpt.generation.engine import cache_bytes, generate
 from minigpt.generation.load import load_for_inference
 from minigpt.generation.sampling import SamplingParams
-from minigpt.serve.command import ServeOptions, check, is_loopback, listen, serve
+from minigpt.serve.command import ServeOptions, check, choose_length, is_loopback, listen, serve
 
 QUESTION = [{"role": "user", "content": "Count."}]
 
@@ -28,6 +29,7 @@ QUESTION = [{"role": "user", "content": "Count."}]
         ({"api_key": " "}, "the API key is empty"),
         ({"port": 70000}, "port is 70000"),
         ({"slots": 0}, "slots is 0; give at least 1"),
+        ({"max_length": 3}, "max_length is 3; give at least 16"),
         ({"top_p": 3.0}, "top_p is 3.0"),
         ({"think": "maybe"}, "think is 'maybe'"),
     ],
@@ -52,6 +54,36 @@ def test_a_run_that_is_not_there_is_told_and_the_port_is_free_again():
     with pytest.raises(FileNotFoundError, match="no such run"):
         serve(ServeOptions(Path("nowhere"), port=port))
     listen("127.0.0.1", port).close()
+
+
+def test_conversations_are_as_long_as_all_slots_can_hold_at_once(script, capsys):
+    model = scripted_model(script)
+    token = cache_bytes(model, 1, 1)
+    assert token == 2 * 32 * 4, "keys and values of one head, float32"
+    options = ServeOptions(Path("unused"), slots=4)
+    assert choose_length(model, options, 8 * CONTEXT * token) == CONTEXT
+    assert capsys.readouterr().out == ""
+    assert choose_length(model, options, 8 * 1000 * token) == 1000
+    assert "enough for 4 slots of 1000 tokens, the model's context is 32768" in capsys.readouterr().out
+    shorter = replace(options, max_length=900)
+    assert choose_length(model, shorter, 8 * 1000 * token) == 900
+    with pytest.raises(UserError, match=r"4 slots of 900 tokens take .* give fewer --slots or --max_length"):
+        choose_length(model, shorter, 8 * 800 * token)
+
+
+def test_a_server_with_a_shorter_max_length_refuses_what_is_longer(scripted_run, tmp_path):
+    running = start_server(tmp_path, scripted_run, "--max_length", "64")
+    try:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused", max_retries=0)
+        answer = client.chat.completions.create(model=running.name, messages=QUESTION, temperature=0)
+        assert answer.usage.total_tokens == 64
+        assert answer.choices[0].finish_reason == "length"
+        with pytest.raises(openai.BadRequestError) as error:
+            client.completions.create(model=running.name, prompt=" one" * 80)
+        assert error.value.code == "context_length_exceeded"
+        assert json.loads(running.get("/v1/models"))["data"][0]["max_model_len"] == 64
+    finally:
+        assert stop_server(running) == 0
 
 
 def test_loopback_addresses_are_known():

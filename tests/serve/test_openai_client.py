@@ -161,6 +161,25 @@ def test_texts_are_continued_several_at_once_as_strings_and_as_ids(client, serve
     assert logged.text_offset == [0, 4, 10]
     for token, value, top in zip(logged.tokens, logged.token_logprobs, logged.top_logprobs, strict=True):
         assert top == {token: pytest.approx(value, abs=1e-5)}
+    pieces = client.completions.create(model=server.name, prompt=" one", max_tokens=40, logprobs=1, stream=True)
+    streamed = [n for piece in pieces if piece.choices[0].logprobs for n in piece.choices[0].logprobs.text_offset]
+    assert streamed == [len(script.words(i + 1)) - len(" one") for i in range(40)]
+
+
+def test_equal_prompts_of_one_request_get_texts_of_their_own(client, server, script):
+    asked = {"model": server.name, "max_tokens": 30, "temperature": 1, "n": 2}
+    answer = client.completions.create(prompt=[[100]] * 3, **asked, extra_body={"top_p": 1})
+    assert len({choice.text for choice in answer.choices}) == 6
+    alone = client.completions.create(prompt=[100], seed=5, **asked)
+    among = client.completions.create(prompt=[[100], [script.one]], seed=5, **asked)
+    assert [choice.text for choice in among.choices[:2]] == [choice.text for choice in alone.choices]
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(client, server, script):
+    asked = {"model": server.name, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 9}
+    answer = client.chat.completions.create(**asked, temperature=1e-38, top_p=0.9, logprobs=True).choices[0]
+    assert answer.message.content == script.words(4)
+    assert all(math.isfinite(token.logprob) for token in answer.logprobs.content)
 
 
 def test_models_are_listed_and_found(client, server):

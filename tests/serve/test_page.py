@@ -188,6 +188,60 @@ def test_a_conversation_that_outgrew_the_context_goes_on_without_its_oldest_turn
     expect(page.locator(".stats").last).to_contain_text("oldest turns are no longer seen")
 
 
+def test_an_answer_gets_room_though_the_conversation_nearly_fills_the_context(page):
+    question, answer = {"role": "user", "content": "word " * 16_000}, {"role": "assistant", "content": "yes"}
+    kept = {"conversations": [{"id": "1", "title": "long", "messages": [question, answer] * 2}]}
+    asked = []
+    page.on("request", lambda r: asked.append(len(json.loads(r.post_data)["messages"])) if r.method == "POST" else None)
+    page.evaluate("kept => localStorage.setItem('minigpt.chat.v1', JSON.stringify(kept))", kept)
+    page.reload()
+    page.locator("#conversations button").first.click()
+    say(page, "Count.")
+    page.wait_for_function("() => document.querySelectorAll('.assistant .text')[2]?.textContent.length > 20")
+    page.keyboard.press("Escape")
+    expect(page.locator(".stats").last).to_contain_text("oldest turns are no longer seen")
+    assert asked == [5, 3]
+
+
+def test_two_tabs_keep_each_others_conversations(page):
+    other = page.context.new_page()
+    other.goto(page.url)
+    for tab, text in ((page, "First."), (other, "Second."), (page, "Third.")):
+        tab.locator("#new-chat").click()
+        say(tab, text)
+        wait_for_words(tab, 5)
+        tab.keyboard.press("Escape")
+        expect(tab.locator(".regenerate")).to_be_visible()
+    titles = ["Third.", "Second.", "First."]
+    for tab in (page, other):
+        expect(tab.locator("#conversations li > button:first-child")).to_have_text(titles)
+    other.locator("#conversations .remove").nth(1).click()
+    expect(page.locator("#conversations li")).to_have_count(2)
+    page.reload()
+    expect(page.locator("#conversations li > button:first-child")).to_have_text(["Third.", "First."])
+
+
+def test_what_has_come_of_an_answer_survives_a_reload(page, server):
+    say(page, "Count.")
+    wait_for_words(page, 20)
+    page.reload()
+    page.locator("#conversations button").first.click()
+    expect(page.locator(ANSWER)).to_contain_text("one two three one two three")
+    assert is_free(server)
+
+
+def test_a_limit_set_for_a_model_with_a_longer_context_is_no_error(page):
+    kept = {"conversations": [], "settings": {"max_tokens": 1_000_000}}
+    page.evaluate("kept => localStorage.setItem('minigpt.chat.v1', JSON.stringify(kept))", kept)
+    page.reload()
+    expect(page.locator("#size")).to_contain_text("M")
+    with page.expect_request(lambda r: r.method == "POST") as asked:
+        say(page, "Count.")
+    assert json.loads(asked.value.post_data)["max_tokens"] == 32768
+    wait_for_words(page, 5)
+    page.keyboard.press("Escape")
+
+
 def test_language_theme_and_width_are_the_readers(open_page):
     chinese = open_page(locale="zh-CN", color_scheme="dark", viewport={"width": 375, "height": 700}, has_touch=True)
     expect(chinese.locator("html")).to_have_attribute("lang", "zh-CN")

@@ -30,7 +30,10 @@ let running = null; // {controller, conversation, message, node}
 // ---------------------------------------------------------------------------------------------------------- small parts
 
 const words = () => WORDS[state.language];
-const setting = (name) => state.settings[name] ?? defaults[name];
+const setting = (name) => {
+  const value = state.settings[name] ?? defaults[name];  // what was set for a model with a longer context still stands here
+  return name === "max_tokens" && model ? Math.min(value, model.max_model_len) : value;
+};
 const conversation = () => state.conversations.find((c) => c.id === state.current);
 
 function element(tag, className = "", text = "") {
@@ -67,6 +70,16 @@ function save() {
       if (!keep) return; // storage is full or forbidden: the page works, it only forgets
     }
   }
+}
+
+// Another tab has saved: its list of conversations is the newer one, but for the answer that is being written here.
+function adopt() {
+  const mine = running?.conversation, editing = document.querySelector(".editor");
+  load();
+  if (mine) state.conversations = [mine, ...state.conversations.filter((c) => c.id !== mine.id)];
+  if (!conversation()) state.current = null;
+  drawConversations();
+  if (!editing && !(mine && mine.id === state.current)) drawMessages();
 }
 
 function headers() {
@@ -297,7 +310,7 @@ async function answer(chat) {
   const asked = chat.messages.slice();
   chat.messages.push(message);
   running = mine;
-  state.conversations = [chat, ...state.conversations.filter((c) => c !== chat)];
+  state.conversations = [chat, ...state.conversations.filter((c) => c.id !== chat.id)];
   save();
   drawConversations();
   drawMessages();
@@ -346,14 +359,14 @@ async function answer(chat) {
   drawBusy();
 }
 
-// The events of an answer. A conversation that has outgrown the context is asked again without its oldest turns.
+// The events of an answer. A conversation that leaves too little room in the context is asked again without its oldest
+// turns: an answer gets what it may be long, but not more than a quarter of the context.
 async function* pieces(asked, message, signal) {
   const system = setting("system") ? [{ role: "system", content: setting("system") }] : [];
   let turns = asked.filter((m) => !m.error).map(({ role, content, reasoning }) => (
     reasoning ? { role, content, reasoning_content: reasoning } : { role, content }));
   for (;;) {
     const body = {
-      model: model?.id,
       messages: [...system, ...turns],
       stream: true,
       stream_options: { include_usage: true, continuous_usage_stats: true },
@@ -361,13 +374,19 @@ async function* pieces(asked, message, signal) {
     };
     for (const [name] of SLIDERS) body[name] = setting(name);
     const response = await fetch("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
-    if (response.ok) {
-      yield* events(response.body);
-      return;
-    }
-    const error = (await response.json().catch(() => null))?.error;
     const next = turns.findIndex((m, i) => i > 0 && m.role === "user");
-    if (error?.code === "context_length_exceeded" && next > 0) {
+    const context = model?.max_model_len ?? 0, wanted = Math.min(body.max_tokens, context / 4);
+    const error = response.ok ? null : (await response.json().catch(() => null))?.error;
+    let tight = error?.code === "context_length_exceeded";
+    if (response.ok) {
+      for await (const piece of events(response.body)) {
+        tight = next > 0 && context - (piece.usage?.prompt_tokens ?? 0) < wanted;
+        if (tight) break;
+        yield piece;
+      }
+      if (!tight) return;
+    }
+    if (tight && next > 0) {
       turns = turns.slice(next);
       message.forgotten = true;
       continue;
@@ -481,6 +500,11 @@ document.addEventListener("keydown", (event) => {
   if ($("sidebar").classList.contains("open")) closeMenu();
   else stop();
 });
+
+window.addEventListener("storage", (event) => { if (event.key === STORE) adopt(); });
+// What has come of an answer stays when the page goes; and when it comes back, the server may have another model.
+window.addEventListener("pagehide", () => running && save());
+document.addEventListener("visibilitychange", () => (document.hidden ? running && save() : connect()));
 
 // Asks the server for its model and defaults.
 async function connect() {
