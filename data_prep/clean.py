@@ -166,13 +166,14 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
 class ContaminationIndex:
     """The n-grams of evaluation items. A training document that holds one of them has seen the exam.
 
-    Items shorter than `n` units count as one n-gram of their own length; below 8 units they are left out
-    (`skipped`). `dump` and `load` move the index between processes as a NumPy file.
+    Items shorter than `n` units count as one n-gram of their own length; below 8 units they are left out, since
+    everybody says such things (`skipped`, of `items`). `dump` and `load` move the index between processes as a NumPy
+    file.
     """
 
     def __init__(self, n: int = 13) -> None:
         self.n = n
-        self.skipped = 0
+        self.items = self.skipped = 0
         self.hashes: dict[int, np.ndarray] = {}  # units in the n-gram → sorted hashes
 
     @classmethod
@@ -181,6 +182,7 @@ class ContaminationIndex:
         found: dict[int, list[np.ndarray]] = {}
         for item in items:
             codes = _unit_codes(item)
+            index.items += 1
             if len(codes) < MIN_EVAL_UNITS:
                 index.skipped += 1
                 continue
@@ -202,7 +204,8 @@ class ContaminationIndex:
     def dump(self) -> memoryview:
         """The index as the content of a NumPy file."""
         buffer = io.BytesIO()
-        np.savez(buffer, **{str(length): hashes for length, hashes in self.hashes.items()})  # type: ignore[arg-type]
+        arrays = {str(length): hashes for length, hashes in self.hashes.items()}
+        np.savez(buffer, counts=np.array([self.items, self.skipped]), **arrays)  # type: ignore[arg-type]
         return buffer.getbuffer()
 
     @classmethod
@@ -210,5 +213,6 @@ class ContaminationIndex:
         """Read what `dump` gave."""
         index = cls()
         with np.load(path) as stored:
-            index.hashes = {int(length): stored[length] for length in stored.files}
+            index.items, index.skipped = map(int, stored["counts"])
+            index.hashes = {int(length): stored[length] for length in stored.files if length != "counts"}
         return index

@@ -29,9 +29,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.clean import SCRIPTS, ContaminationIndex, Filters, near_duplicates
+from data_prep.clean import MIN_EVAL_UNITS, SCRIPTS, ContaminationIndex, Filters, near_duplicates
 from data_prep.plan import Rows, choose_valid, first_occurrences, one_row_each, pack_whole, pack_with_splits
-from data_prep.readers import detect_format, list_files, read_texts, split_into_chunks
+from data_prep.readers import WORK, detect_format, list_files, read_exam_texts, split_into_chunks
 from data_prep.spill import MAX_EXAMPLES, Job, load_job, npy_bytes, spill_path, tokenize_chunk
 from minigpt.dataset.shards import (
     DEFAULT_WEIGHT_TABLE,
@@ -55,7 +55,6 @@ from minigpt.dataset.shards import (
 )
 from minigpt.errors import UserError
 
-WORK = ".packing"
 CHUNK_BYTES = 4 << 20
 SPLITS = ("train", "valid")
 TOKENIZER_COPIES = (*TOKENIZER_FILES, "chat_template.jinja")
@@ -64,6 +63,10 @@ Progress = Callable[[str, int, int], None]  # (what is done, how many are finish
 
 class WorkerDiedError(UserError):
     """A worker process was killed from outside."""
+
+
+class OtherDatasetError(UserError):
+    """The output holds a dataset of other input or options."""
 
 
 RESUMABLE = (NoSpaceError, WorkerDiedError)  # the same command can go on with what is finished
@@ -163,6 +166,10 @@ def describe(manifest: dict[str, Any]) -> str:
             f"{name}: {split['rows']:,} rows, {split['documents']:,} documents, {split['tokens']:,} tokens in "
             f"{len(split['shards'])} shards{full}"
         )
+    if (exam := manifest.get("evaluation_items")) and exam["too_short"]:
+        lines.append(
+            f"of {exam['given']:,} evaluation texts {exam['too_short']:,} are too short to be looked for in the data"
+        )
     lines += [f"skipped {example}" for example in manifest["bad_records"]]
     return "\n".join(lines)
 
@@ -201,6 +208,7 @@ def _scripts(options: PackOptions) -> list[str]:
 def _make_job(options: PackOptions) -> Job:
     files = list_files(options.input)
     stats = [(path, path.stat()) for path in files]
+    _check_tokenizer(_tokenizer_folder(options))
     exams = [(path, path.stat()) for path in list_files(options.decontaminate)] if options.decontaminate else []
     return Job(
         stage=options.stage,
@@ -233,6 +241,19 @@ def _make_job(options: PackOptions) -> Job:
     )
 
 
+def _check_tokenizer(folder: Path) -> None:
+    """Refuse what joins a text with its neighbours, such as SentencePiece: segments could not be encoded one by one."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return  # whoever reads it says so
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    kind = (plain.get("model") or {}).get("type")
+    if kind != "BPE" or '"ByteLevel"' not in json.dumps([plain.get("pre_tokenizer"), plain.get("decoder")]):
+        raise UserError(
+            f"{path} is {kind or 'of an unknown kind'} and no byte-level BPE: give --tokenizer another one."
+        )
+
+
 def _chunk_bytes(path: Path, size: int) -> int:
     """JSON Lines of moderate size go in small chunks: the last chunk keeps all workers but one waiting.
 
@@ -259,9 +280,11 @@ def _existing(output: Path, options: PackOptions, job: Job) -> dict[str, Any] | 
             manifest, _ = read_manifest(output)
             if _same_dataset(manifest, options, job):
                 return manifest
-            raise UserError(
+            raise OtherDatasetError(
                 f"{output} already holds a dataset of other input or options: name another output, or pass --overwrite."
             )
+        if _tokenizer_folder(options).resolve() == output.resolve():
+            raise UserError(f"{output} holds the tokenizer that --overwrite would remove: copy it elsewhere first.")
         (output / MANIFEST).unlink()
         _clear(output)
     elif output.exists() and not (output / WORK).is_dir() and any(output.iterdir()):
@@ -316,7 +339,12 @@ def _prepare(work: Path, job: Job, options: PackOptions) -> None:
         if (source := _tokenizer_folder(options) / name).exists():
             write_atomically(work.parent / name, source.read_bytes())
     if job.contamination:
-        index = ContaminationIndex.build(read_texts(options.decontaminate), options.decontaminate_ngram)
+        index = ContaminationIndex.build(read_exam_texts(options.decontaminate), options.decontaminate_ngram)
+        if index.skipped == index.items:
+            raise UserError(
+                f"--decontaminate would find nothing: all its {index.items} texts are shorter than {MIN_EVAL_UNITS} "
+                "words (Chinese: characters), which other texts hold by chance; leave it out"
+            )
         write_atomically(work / "contamination.npz", index.dump())
     write_atomically(path, description)
 
@@ -408,11 +436,19 @@ class _Packer:
                 {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
                 for path, digest in zip(files, digests, strict=True)
             ],
+            "evaluation_items": self._evaluation_items(),
             "documents": summary["documents"],
             "tokens": summary["tokens"],
             "bad_records": summary["bad_records"],
             "splits": splits,
         }
+
+    def _evaluation_items(self) -> dict[str, int] | None:
+        """Texts of `--decontaminate`, and how many of them were too short to be looked for."""
+        if not self.job.contamination:
+            return None
+        index = ContaminationIndex.load(self.work / "contamination.npz")
+        return {"given": index.items, "too_short": index.skipped}
 
 
 def _template_hash(folder: Path) -> str | None:

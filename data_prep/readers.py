@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.dataset.records import RecordError, canonical, guess_stage, texts_of
+from minigpt.dataset.shards import FORMAT, MANIFEST
 from minigpt.errors import UserError
 
 SUFFIXES = {
@@ -24,6 +25,7 @@ SUFFIXES = {
 }
 NOT_DATA = {"readme", "license", "licence", "data_license", "copying", "notice", "source", "manifest"}
 """Stems of files that describe a data folder; they are read only when named one by one."""
+WORK = ".packing"  # within a folder that a dataset is being packed into
 CHUNK_BYTES = 4 << 20
 MAX_LINE_BYTES = 8 << 20
 DOCUMENT_BYTES = 16 << 10
@@ -73,7 +75,12 @@ def list_files(inputs: Sequence[Path | str]) -> list[Path]:
     for path in map(Path, inputs):
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if _is_data_file(p, path))
+            packed = {p.parent for name in (MANIFEST, WORK) for p in path.rglob(name) if _is_packed(p.parent)}
+            found = sorted(
+                p for p in path.rglob("*") if _is_data_file(p, path) and not packed.intersection((p, *p.parents))
+            )
+            if not found and packed:
+                raise UserError(f"{path} holds what is packed already, and no other data file: give the raw files")
             if not found:
                 raise UserError(f"{path} holds no data file: files end with {', '.join(SUFFIXES)}")
         elif not path.is_file():
@@ -85,6 +92,16 @@ def list_files(inputs: Sequence[Path | str]) -> list[Path]:
     if not files:
         raise UserError("no input given: name files or folders with --input")
     return list(files)
+
+
+def _is_packed(folder: Path) -> bool:
+    """Whether a dataset was packed into this folder, or is being packed."""
+    if (folder / WORK).is_dir():
+        return True
+    try:
+        return FORMAT in (folder / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        return False
 
 
 def _is_data_file(path: Path, folder: Path) -> bool:
@@ -172,6 +189,36 @@ def read_texts(inputs: Sequence[Path | str]) -> Iterator[str]:
     for path in list_files(inputs):
         for record in read_records([path], stage_of_file(path)):
             yield "\n".join(texts_of(record))
+
+
+def read_exam_texts(inputs: Sequence[Path | str]) -> Iterator[str]:
+    """The texts of evaluation files: those of records that a stage has, and every string of any others."""
+    for path in list_files(inputs):
+        stage = stage_of_file(path)
+        for chunk in split_into_chunks(path):
+            if chunk.format == "text":
+                yield from (
+                    text
+                    for _, record in _read_text(chunk)
+                    if not isinstance(record, BadRecord)
+                    for text in texts_of(record)
+                )
+                continue
+            for _, raw in _read_raw(chunk, MAX_LINE_BYTES):
+                if isinstance(raw, BadRecord):
+                    raise UserError(str(raw))
+                try:
+                    yield "\n".join(texts_of(canonical(raw, stage)))
+                except RecordError:  # the layouts of exams are many
+                    yield from _strings(raw)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
 
 
 def stage_of_file(path: Path | str) -> str:

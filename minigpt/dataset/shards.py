@@ -762,15 +762,18 @@ def sequential_batches(
     max_rows: int | None = None,
     pad_to: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Each row once, in order, for evaluation: this rank's batches, all of one shape.
+    """Each row once for evaluation, or `max_rows` of them: this rank's batches, all of one shape.
 
     All ranks get the same number of batches; missing rows are rows of padding, whose weights are 0.
     """
     n = len(dataset) if max_rows is None else min(len(dataset), max_rows)
+    order = np.arange(n)
+    if n < len(dataset):  # packing puts the longest documents first, and they are easier than others
+        order = np.sort(GlobalOrder(len(dataset), seed=0).indices(order))
     width = pad_to
     for start in range(0, n, batch_size * world_size):
         first = start + rank * batch_size
-        rows = [dataset.row(i) for i in range(first, min(first + batch_size, n))]
+        rows = [dataset.row(int(i)) for i in order[first : min(first + batch_size, n)]]
         if width is None:
             width = len(dataset.row(0).input_ids)
         yield collate(rows, pad_to=width, n_rows=batch_size)

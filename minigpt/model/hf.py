@@ -33,6 +33,7 @@ ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama", "Qwen
 ROPE_TYPES = ("default", "linear", "llama3")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 END_OF_TEXT = "<|endoftext|>"
+OTHER_ENDS = ("<|end_of_text|>", "<|eot_id|>", "</s>", "<|im_end|>")  # where a tokenizer does not say
 MAX_JSON = 256 << 20
 """Bytes; the tokenizer.json of the largest public vocabularies takes a tenth."""
 MAX_SIZES = {
@@ -315,15 +316,17 @@ def special_token_ids(tokenizer_folder: str | Path, vocab_size: int | None = Non
 
     Returns:
         `{"eos": [ids], "pad": id}`: eos is tokenizer_config.json's eos_token, then `<|endoftext|>` where it is another
-        one: a chat model stops at the end of its turn, and at the end of the text as a base model does.
+        one: a chat model stops at the end of its turn, and at the end of the text as a base model does. Where the file
+        or the entry is missing, it is the first known name of such a token that tokenizer.json has.
 
     Raises:
-        FileNotFoundError: when a file is missing.
-        ValueError: when a named token is not in the vocabulary, or an id lies beyond `vocab_size`.
+        FileNotFoundError: when tokenizer.json is missing.
+        ValueError: when no token ends a text, a named token is not in the vocabulary, or an id is beyond `vocab_size`.
     """
     folder = Path(tokenizer_folder)
     tokenizer = _read_json(folder / "tokenizer.json")
-    settings = _read_json(folder / "tokenizer_config.json")
+    config = folder / "tokenizer_config.json"
+    settings = _read_json(config) if config.exists() else {}
     vocab = tokenizer.get("model", {}).get("vocab", {})
     ids: dict[str, int] = dict(vocab) if isinstance(vocab, dict) else {}
     ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
@@ -337,12 +340,11 @@ def special_token_ids(tokenizer_folder: str | Path, vocab_size: int | None = Non
         token = settings.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if token not in ids:
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'}: {key} {token!r} is not in tokenizer.json; name a token of it"
-            )
+            raise ValueError(f"{config}: {key} {token!r} is not in tokenizer.json; name a token of it")
         return ids[token]
 
-    eos = [find("eos_token")]
+    known = next((ids[name] for name in (END_OF_TEXT, *OTHER_ENDS) if name in ids), None)
+    eos = [known if settings.get("eos_token") is None and known is not None else find("eos_token")]
     if ids.get(END_OF_TEXT, eos[0]) != eos[0]:
         eos.append(ids[END_OF_TEXT])
     return {"eos": eos, "pad": find("pad_token") if settings.get("pad_token") else eos[-1]}

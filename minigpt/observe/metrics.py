@@ -91,14 +91,20 @@ def _plain_value(value: Any) -> Any:
     return value
 
 
-def truncate_metrics(path: Path, last_step: int) -> None:
+def truncate_metrics(path: Path, last_step: int, judged: bool = True) -> None:
     """Cut the records beyond `last_step`, and any unfinished line, off `metrics.jsonl`; atomic.
 
-    `last_step` 0 is a fresh start and empties the file.
+    `last_step` 0 is a fresh start and empties the file. Not `judged`: what was found out about the weights of
+    `last_step` goes too, since it will be found out again.
     """
+
+    def stays(record: dict[str, Any]) -> bool:
+        end = last_step + 1 if judged or record.get("kind", "train") == "train" else last_step
+        return last_step > 0 and record["step"] < end
+
     if not path.exists():
         return
-    kept = b"".join(line for line, record in _complete_lines(path) if last_step > 0 and record["step"] <= last_step)
+    kept = b"".join(line for line, record in _complete_lines(path) if stays(record))
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(kept)

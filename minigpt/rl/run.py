@@ -22,7 +22,7 @@ from minigpt.trainer.engine import Processes
 from minigpt.trainer.loop import GracefulStop
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.run import PACKAGES, SUMMARY, Run, write_text
-from minigpt.trainer.setup import Source, check_packed_for, model_folder, prepare_data, run_to_follow, tokenizer_of
+from minigpt.trainer.setup import Source, check_packed_for, model_folder, prepare_data, tokenizer_of, with_init
 
 from . import cluster
 from .batch import choose_row_length
@@ -59,7 +59,13 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     run = Run(name, options, ALONE)  # type: ignore[arg-type]  # it reads the options that both kinds have
     if (summary := run.finished_summary()) is not None:
         return summary
-    init = _init(stage, options)
+    if options.deepspeed is not None and not options.deepspeed.exists():
+        raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; the shipped ones are in ds_configs/")
+    options = with_init(stage, options)
+    run.options = options  # type: ignore[assignment]
+    init = options.init
+    assert init is not None
+    model_folder(init)
     _check_judges(options, init)
     run.open()
     encoder = _encoder(init)
@@ -189,7 +195,7 @@ class _Attempt:
             if last or (o.save_interval and position.step % o.save_interval == 0) or self.stop.asked:
                 self._save(roles, position)
             if self.stop.asked and not last:
-                run.say(f"stopped at step {position.step}; the same command goes on from here")
+                run.say(f"stopped at step {position.step}; {run.same_command} goes on from here")
                 raise SystemExit(128 + self.stop.signal_number)
         return self._finish(roles, position, metrics)
 
@@ -252,23 +258,6 @@ class _Attempt:
             f"{o.updates_per_step} updates in passes of {policy['rows']} rows of {self.job.row_length} tokens; "
             f"{policy['precision']}{compiled}, {policy['optimizer']}, ZeRO stage {policy['zero_stage']}; {models}"
         )
-
-
-def _init(stage: RLStage, options: RLOptions) -> Path:
-    """The folder that the policy starts from."""
-    if options.deepspeed is not None and not options.deepspeed.exists():
-        raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; the shipped ones are in ds_configs/")
-    if options.init is not None:
-        model_folder(options.init)
-        return options.init
-    found = run_to_follow(stage, options.save_dir)
-    if found is None:
-        raise UserError(
-            f"{stage.name} starts from trained weights and there is no finished {' or '.join(FOLLOWS)} run beside "
-            f"{options.save_dir}: give one with --init RUN"
-        )
-    print(f"no --init: starting from the newest run beside it, {found}", flush=True)
-    return found
 
 
 def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, PackedDataset | None]:

@@ -57,7 +57,7 @@ def save(engine: Engine, run: Path, state: dict[str, Any], keep: int) -> Path:
         engine.barrier()
         if rank == 0:
             _seal(partial, {**state, "world_size": engine.world_size})
-            if final.exists():
+            if final.exists():  # of a run that was started anew; nobody saves the same step twice
                 shutil.rmtree(final)
             partial.rename(final)
             _sync(final.parent)
@@ -67,7 +67,7 @@ def save(engine: Engine, run: Path, state: dict[str, Any], keep: int) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"the checkpoint of step {state['step']} could not be written to {final.parent} ({_reason(error)}); "
-            "free some space and run the same command again, it goes on from the checkpoint before"
+            "free some space and run the same command again, without --overwrite: it goes on from the checkpoint before"
         ) from error
     engine.barrier()
     return final

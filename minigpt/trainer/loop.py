@@ -32,7 +32,7 @@ from .flops import training_flops
 from .options import TrainOptions
 from .run import Run
 from .schedule import learning_rate
-from .setup import compile_wanted, compute_dtype, configure_torch, prepare_data, prepare_model
+from .setup import compile_wanted, compute_dtype, configure_torch, prepare_data, prepare_model, with_init
 from .stage import Batch, Stage, StageModule
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def train(stage: Stage, options: TrainOptions) -> dict[str, Any]:
     if (summary := run.finished_summary()) is not None:
         return summary
     configure_torch(options, processes)
+    run.options = options = with_init(stage, options)
     run.open()
     source = prepare_data(stage, options, processes)
     model, init_weights_from = prepare_model(stage, options, source)
@@ -116,6 +117,7 @@ class Trainer:
     progress: _Progress = field(default_factory=_Progress)
     speed: _Speed = field(default_factory=_Speed)
     goal_reached: bool = False
+    saved_step: int | None = None
 
     def run(self) -> dict[str, Any]:
         options, run = self.options, self.run_folder
@@ -147,12 +149,15 @@ class Trainer:
         self.network.model.gradient_checkpointing = options.gradient_checkpointing
         self.stage.before_training(self)
         self._resume()
-        run.start(self._description(dtype), self.total_steps, self.progress.step, self.processes.device, dtype)
+        p = self.progress
+        judged = p.validated_step == p.step
+        run.start(self._description(dtype), self.total_steps, p.step, self.processes.device, dtype, judged)
         try:
             with GracefulStop() as stop:
                 self._steps(stop)
-            if self.progress.validated_step != self.progress.step:
-                self.validate()
+                self.save()  # first: a validation may fail, or be interrupted
+                if self.progress.validated_step != self.progress.step:
+                    self.validate()
         finally:
             run.pause()
         return self._finish(self.progress.validation)
@@ -181,6 +186,8 @@ class Trainer:
         self.run_folder.check_resumable(state, self.data, self.network, self._engine_identity())
         checkpoint.load(self.engine, folder)
         self.progress = _Progress(**state["progress"])
+        self.saved_step = self.progress.step
+        self.total_steps = total_steps(self.options, len(self.data), self.progress)
         self.run_folder.say(f"resuming from {folder} at step {self.progress.step} of {self.total_steps}")
         before, now = state["world_size"], self.processes.world_size
         if before != now:
@@ -233,7 +240,8 @@ class Trainer:
                 started = time.monotonic()
             if stop_asked and progress.step < self.total_steps:
                 self.save()
-                self.run_folder.say(f"stopped at step {progress.step}; the same command goes on from here")
+                again = self.run_folder.same_command
+                self.run_folder.say(f"stopped at step {progress.step}; {again} goes on from here")
                 raise SystemExit(128 + (stop.signal_number or signal.SIGTERM))  # or another rank was asked
 
     def _learning_rate(self, step: int) -> float:
@@ -329,7 +337,9 @@ class Trainer:
         return reached
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment, unless there is one."""
+        if self.saved_step == self.progress.step:
+            return
         state = {
             "step": self.progress.step,
             "progress": self.progress.to_dict(),
@@ -337,6 +347,7 @@ class Trainer:
             **self._engine_identity(),
         }
         checkpoint.save(self.engine, self.run_folder.folder, state, self.options.keep_checkpoints)
+        self.saved_step = self.progress.step
 
     def _engine_identity(self) -> dict[str, Any]:
         """What decides the layout of the engine's part of a checkpoint."""
@@ -346,10 +357,10 @@ class Trainer:
             "optimizer": self.engine.optimizer_name,
             "trained_layout": self.trained_layout,
             "frozen_hash": self.engine.frozen_hash,
+            "reference_hash": self.stage.reference_hash,
         }
 
     def _finish(self, result: dict[str, float]) -> dict[str, Any]:
-        self.save()
         weights = {name.removeprefix("model."): w for name, w in self.engine.master_weights().items()}
         extra = {
             "steps": self.progress.step,
@@ -379,9 +390,12 @@ class Trainer:
         return f"{size}; {self.stage.batch_description(self)}; {steps}; {how}"
 
 
-def total_steps(options: TrainOptions, rows: int) -> int:
-    """Optimizer steps of the whole run."""
-    return options.max_steps or max(1, math.ceil(options.epochs * rows / options.global_batch_size))
+def total_steps(options: TrainOptions, rows: int, done: _Progress | None = None) -> int:
+    """Optimizer steps of the whole run; what is done may have been done in steps of another size."""
+    if options.max_steps:
+        return options.max_steps
+    step, samples = (0, 0) if done is None else (done.step, done.samples)
+    return max(1, step + math.ceil((options.epochs * rows - samples) / options.global_batch_size))
 
 
 def to_tensors(batch: Batch, device: torch.device, attention_backend: str | None = None) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from minigpt.dataset.shards import PackedDataset
 from minigpt.errors import UserError
 from minigpt.observe.hardware import Peak, describe_hardware, package_version, peak_flops, source_commit
-from minigpt.observe.metrics import RunLogger
+from minigpt.observe.metrics import METRICS_FILE, RunLogger, truncate_metrics
 
 from .engine import Processes
 from .options import TrainOptions
@@ -30,7 +30,7 @@ OURS = (
 
 # Options that may differ when a run goes on: they change how fast or how far it runs, not what it computes.
 FREE_TO_CHANGE = {
-    "save_dir", "data", "init", "resume", "overwrite", "threads", "log_interval", "tensorboard", "recipe",
+    "save_dir", "data", "resume", "overwrite", "threads", "log_interval", "tensorboard", "recipe",
     "save_interval", "keep_checkpoints", "eval_interval", "eval_rows", "eval_tasks", "eval_limit",
     "eval_thinking", "stop_when",
     "export_dtype", "micro_batch_size", "max_steps", "epochs",
@@ -55,6 +55,13 @@ class Run:
             self._logger.message(text)
         else:
             print(text, flush=True)
+
+    @property
+    def same_command(self) -> str:
+        """What a person enters again to go on."""
+        if self.options.overwrite:
+            return "the same command without --overwrite"
+        return f"the same command{' without --resume never' * (self.options.resume == 'never')}"
 
     def finished_summary(self) -> dict[str, Any] | None:
         """The summary of a run that is done, after saying so; None when there is something to train."""
@@ -140,13 +147,29 @@ class Run:
                 f"the checkpoint in {self.folder} belongs to other frozen weights than those that --init gives now; "
                 f"give the --init that it was made with, or {remedy}"
             )
+        if state.get("reference_hash", engine.get("reference_hash")) != engine.get("reference_hash"):
+            raise UserError(
+                f"the checkpoint in {self.folder} was trained against other weights than those that --init gives now; "
+                f"give the --init that it was made with, or {remedy}"
+            )
         changed = {k: (state["options"].get(k), v) for k, v in now["options"].items() if state["options"].get(k) != v}
         for key, (old, new) in changed.items():
             if key not in FREE_TO_CHANGE:
                 self.say(f"--{key} was {old} before the interruption and is {new} now; going on with {new}")
 
-    def start(self, description: str, total_steps: int, step: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Write config.yaml, measure the machine, open the metrics and say what will run."""
+    def start(
+        self,
+        description: str,
+        total_steps: int,
+        step: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        judged: bool = True,
+    ) -> None:
+        """Write config.yaml, measure the machine, open the metrics and say what will run.
+
+        `judged`: whether the weights of `step`, where it goes on, have been validated.
+        """
         if not self.first:
             return
         import yaml
@@ -156,6 +179,7 @@ class Run:
         with torch.random.fork_rng():  # measuring draws random numbers, and a resumed run's were restored already
             self.peak = peak_flops(device, dtype)
         print(f"{self.stage}: {description}", flush=True)
+        truncate_metrics(self.folder / METRICS_FILE, step, judged)
         self._logger = RunLogger(
             self.folder,
             title=self.stage,
@@ -205,7 +229,7 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise UserError(
                 f"the weights could not be written to {self.folder} ({str(error).splitlines()[0]}); the last "
-                "checkpoint is whole: free some space and run the same command again"
+                f"checkpoint is whole: free some space and run {self.same_command} again"
             ) from error
         self.say(f"{stage.name}: final loss: {results['loss']:.4f}  →  {'  and  '.join(map(str, written))}")
         return summary

@@ -8,20 +8,23 @@ import os
 import pickle
 import shutil
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from minigpt.dataset.shards import MANIFEST, PackedDataset, tokenizer_hash
 from minigpt.errors import UserError
+from minigpt.model.hf import special_token_ids
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 
+from .checkpoint import STATE, list_checkpoints
 from .engine import Processes
 from .options import PRESETS, TrainOptions
 from .stage import Stage
 
+Options = TypeVar("Options", bound=Any)
 SHIPPED_TOKENIZER = Path(__file__).parents[1] / "model"
 
 
@@ -108,6 +111,10 @@ def prepare_data(stage: Stage, options: TrainOptions, processes: Processes, vali
         )
     if not len(train):
         raise UserError(f"{folder} holds no training rows; pack it again with more data")
+    try:
+        special_token_ids(folder)  # of which the trained model's folder will tell
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from None
     has_valid = bool(train.manifest["splits"].get("valid", {}).get("shards"))
     return Source(train, PackedDataset(folder, "valid") if has_valid else None)
 
@@ -116,24 +123,21 @@ def _check_paths(stage: Stage, options: TrainOptions) -> None:
     """Find out now what would otherwise be found out after the data is packed."""
     if options.deepspeed is not None and not options.deepspeed.exists():
         raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; the shipped ones are in ds_configs/")
-    if options.init is None and stage.follows and run_to_follow(stage, Path(options.save_dir)) is None:
-        raise UserError(_no_weights(stage, options))
     if options.init is not None:
         model_folder(options.init)
 
 
 def _packed_folder(options: TrainOptions) -> Path | None:
     """The folder of `--data` when it is packed already (or is meant to be: then opening it says what is wrong)."""
-    if options.data is None or len(options.data) != 1:
-        return None
-    path = options.data[0]
-    packed = path.is_dir() and ((path / MANIFEST).exists() or (path / "train").is_dir())
-    return path if packed else None
+    packed = [p for p in options.data or [] if p.is_dir() and ((p / MANIFEST).exists() or (p / "train").is_dir())]
+    if packed and len(options.data or []) > 1:
+        raise UserError(f"--data takes one packed folder, or raw files: {packed[0]} is packed; pack all together")
+    return packed[0] if packed else None
 
 
 def _pack_into(folder: Path, stage: Stage, options: TrainOptions, valid_fraction: float) -> None:
     from data_prep.microworld import MicroWorldOptions, write_microworld
-    from data_prep.pack import PackOptions, pack
+    from data_prep.pack import OtherDatasetError, PackOptions, pack
 
     inputs = options.data
     if inputs is None:
@@ -142,17 +146,23 @@ def _pack_into(folder: Path, stage: Stage, options: TrainOptions, valid_fraction
         if stage.packed_as not in files:
             raise UserError(f"{stage.name} has no embedded default data: give --data")
         inputs = [files[stage.packed_as]]
-    manifest = pack(
-        PackOptions(
-            stage=stage.packed_as,  # type: ignore[arg-type]
-            input=inputs,
-            output=folder,
-            tokenizer=options.tokenizer or _tokenizer_of(options.init),
-            seq_len=options.seq_len,
-            valid_fraction=valid_fraction,
-            overwrite=True,
-        )
+    job = PackOptions(
+        stage=stage.packed_as,  # type: ignore[arg-type]
+        input=inputs,
+        output=folder,
+        tokenizer=options.tokenizer or _tokenizer_of(options.init),
+        seq_len=options.seq_len,
+        valid_fraction=valid_fraction,
     )
+    try:
+        manifest = pack(job)
+    except OtherDatasetError:
+        if options.resume != "never" and list_checkpoints(Path(options.save_dir)):
+            raise UserError(
+                f"{folder} was packed from other files or options than those given now, and there are checkpoints that "
+                f"were trained on it: --data {folder} goes on with them, --overwrite starts anew"
+            ) from None
+        manifest = pack(replace(job, overwrite=True))
     rows = manifest["splits"]["train"]["rows"]
     print(f"packed {rows:,} rows of {options.seq_len} tokens into {folder}", flush=True)
 
@@ -165,19 +175,44 @@ def _tokenizer_of(init: Path | None) -> Path | None:
     return folder if (folder / "tokenizer.json").exists() else None
 
 
-def prepare_model(stage: Stage, options: TrainOptions, source: Source) -> tuple[MiniGPT, str]:
-    """The model to train, and in words where its weights are from.
+def with_init(stage: Stage, options: Options) -> Options:
+    """The options with the weights to start from decided: those of the newest run to follow, if none are given.
 
-    Errors: UserError when a stage that needs weights finds none, or the tokenizers do not match.
+    A run that goes on keeps those that it began with, whatever was trained beside it since. `options` are those of
+    any stage, reinforcement learning included.
+
+    Errors: UserError when a stage that needs weights finds none.
     """
-    init = options.init
-    if init is None and stage.follows:
-        init = run_to_follow(stage, Path(options.save_dir))
+    if options.init is not None or not stage.follows:
+        return options
+    save_dir = Path(options.save_dir)
+    init = None if options.overwrite or options.resume == "never" else _init_of_checkpoint(save_dir)
+    if init is None:
+        init = run_to_follow(stage, save_dir)
         if init is None:
             raise UserError(_no_weights(stage, options))
         print(f"no --init: starting from the newest {_stage_of(init)} run, {init}", flush=True)
-    if init is not None:
-        return _load_init(init, source.train), f"from {init}"
+    return replace(options, init=init)
+
+
+def _init_of_checkpoint(save_dir: Path) -> Path | None:
+    """What the run in this folder was started from, if it can be gone on with."""
+    for folder in reversed(list_checkpoints(save_dir)):
+        try:
+            init = json.loads((folder / STATE).read_text(encoding="utf-8"))["options"]["init"]
+        except (OSError, ValueError, KeyError):
+            continue
+        return None if init is None else Path(init)
+    return None
+
+
+def prepare_model(stage: Stage, options: TrainOptions, source: Source) -> tuple[MiniGPT, str]:
+    """The model to train, and in words where its weights are from.
+
+    Errors: UserError when the weights cannot be loaded, or the tokenizers do not match.
+    """
+    if options.init is not None:
+        return _load_init(options.init, source.train), f"from {options.init}"
     return MiniGPT(new_model_config(options, source.train)), "random weights"
 
 

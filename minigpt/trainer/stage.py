@@ -46,6 +46,7 @@ class Stage:
         follows: The stages that it goes on from when there is no --init, best first. Empty: it starts from random
             weights.
         stop_token: What ends a generated text: the end of a document or of a chat turn.
+        reference_hash: Of the weights that it is trained against, if there are such; a run must go on with the same.
         metrics: Names of what `loss` sums up besides the loss; logged divided by the step's weight.
     """
 
@@ -55,6 +56,7 @@ class Stage:
     follows: tuple[str, ...] = ()
     stop_token: str = "<|im_end|>"
     metrics: tuple[str, ...] = ()
+    reference_hash: str | None = None
 
     def network(self, model: MiniGPT, options: TrainOptions) -> Any:
         """What is trained: the model itself, or the model with adapters in it or another head on it.

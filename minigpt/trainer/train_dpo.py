@@ -119,10 +119,11 @@ class DirectPreference(PreferenceStage, AdapterStage):
     def before_training(self, trainer: Trainer) -> None:
         """Load the reference's log-probabilities, or compute them by the engine and store them."""
         path = trainer.run_folder.folder / FILE
+        self.reference_hash = weights_hash(trainer.engine.master_weights())
         splits = {"train": trainer.data} | ({"valid": trainer.valid} if trainer.valid is not None else {})
         key = {
             "data": trainer.data.fingerprint,
-            "weights": weights_hash(trainer.engine.master_weights()),
+            "weights": self.reference_hash,
             "precision": str(trainer.engine.dtype).removeprefix("torch."),
         }
         tables, problem = None, ""

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
 
 import minigpt
 from data_prep.pack import PackOptions, describe, pack
@@ -290,6 +293,21 @@ def test_near_duplicates_and_evaluation_data_are_dropped_when_asked_for(tmp_path
     assert plain["documents"]["dropped"] == {}
 
 
+def test_evaluation_files_of_any_layout_are_read_and_what_is_too_short_is_said(tmp_path):
+    rng = random.Random(4)
+    base = [" ".join(f"w{rng.randrange(5000)}" for _ in range(60)) for _ in range(10)]
+    question = " ".join(base[3].split()[10:30])
+    source = write_texts(tmp_path / "a.jsonl", base)
+    exam = write_jsonl(tmp_path / "exam.jsonl", [{"ctx": question, "endings": ["a", "b"], "meta": {"source": "c"}}])
+    manifest = pack(options("pretrain", source, tmp_path / "out", decontaminate=[exam]))
+    assert manifest["documents"]["dropped"] == {"in_evaluation_data": 1}
+    assert manifest["evaluation_items"] == {"given": 4, "too_short": 3}
+    assert "of 4 evaluation texts 3 are too short to be looked for" in describe(manifest)
+    short = write_jsonl(tmp_path / "short.jsonl", [{"text": "What is Mei's pet?"}, {"text": "12 + 7 = ?"}])
+    with pytest.raises(UserError, match="would find nothing: all its 2 texts are shorter than 8 words"):
+        pack(options("pretrain", source, tmp_path / "none", decontaminate=[short]))
+
+
 def test_filters_are_counted_by_reason(tmp_path):
     broken = "\x01\x02\x03 control " * 3
     documents = ["short", "long " * 1000, "好" * 100 + "的", broken, "Слово за словом идёт", "A good text."]
@@ -424,6 +442,38 @@ def test_a_finished_dataset_is_not_packed_again(tmp_path):
     assert pack(options("pretrain", source, tmp_path / "out", overwrite=True))["documents"]["in"] == 21
 
 
+def test_an_output_within_the_input_is_not_read_as_input(tmp_path):
+    data = tmp_path / "data"
+    write_texts(data / "a.jsonl", texts(50, 3))
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "write shards":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(options("pretrain", data, data / "packed"), interrupt)
+    begun = (data / "packed" / ".packing" / "job.json").read_bytes()
+    seen: list[bytes] = []
+    job = data / "packed" / ".packing" / "job.json"
+    pack(options("pretrain", data, data / "packed"), lambda *_: seen.append(job.read_bytes()))
+    assert set(seen) == {begun}, "it goes on"
+    pack(options("pretrain", data / "a.jsonl", tmp_path / "reference"))
+    assert tree(data / "packed") == tree(tmp_path / "reference")
+    pack(options("pretrain", data, data / "second", seq_len=64))
+    with pytest.raises(UserError, match="holds what is packed already, and no other data file"):
+        pack(options("pretrain", data / "packed", tmp_path / "again"))
+
+
+def test_overwrite_never_removes_the_tokenizer_that_it_would_need(tmp_path):
+    source = write_texts(tmp_path / "a.jsonl", texts(20, 3))
+    out = tmp_path / "out"
+    pack(options("pretrain", source, out))
+    before = tree(out)
+    with pytest.raises(UserError, match="holds the tokenizer that --overwrite would remove"):
+        pack(options("pretrain", source, out, seq_len=64, tokenizer=out, overwrite=True))
+    assert tree(out) == before
+
+
 def test_what_an_interrupted_run_with_other_options_left_is_not_used(tmp_path):
     source = write_texts(tmp_path / "a.jsonl", texts(50, 3))
     pack(options("pretrain", source, tmp_path / "reference", seq_len=64))
@@ -495,6 +545,16 @@ def test_missing_input_tokenizer_and_bad_options_are_named(tmp_path):
     for wrong in ({"seq_len": 1}, {"workers": 0}, {"valid_fraction": 1.0}, {"minhash": 2.0}, {"scripts": ["klingon"]}):
         with pytest.raises(UserError, match=next(iter(wrong)).rstrip("s")):
             pack(options("pretrain", source, tmp_path / "out", **wrong))
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenizers_that_join_a_text_with_its_neighbours_are_refused_before_anything_is_packed(tmp_path):
+    source = write_texts(tmp_path / "a.jsonl", ["some text"])
+    unigram = Tokenizer(Unigram([("<unk>", 0.0), ("▁some", -1.0), ("▁text", -1.0)], unk_id=0))
+    unigram.pre_tokenizer = Metaspace()
+    unigram.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer\.json is Unigram and no byte-level BPE"):
+        pack(options("pretrain", source, tmp_path / "out", tokenizer=tmp_path))
     assert not (tmp_path / "out").exists()
 
 

@@ -438,6 +438,21 @@ def test_evaluation_sees_every_row_once_in_batches_of_one_shape(world_size):
     assert real == Counter(range(10))
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_of_some_rows_takes_them_from_the_whole_dataset(world_size):
+    """Packing puts the longest documents into the first rows."""
+    seen = sorted(
+        int(batch["input_ids"][b, 0])
+        for r in range(world_size)
+        for batch in sequential_batches(Numbered(1000), 4, rank=r, world_size=world_size, max_rows=50)
+        for b in range(4)
+        if batch["document_ids"][b, 0] >= 0
+    )
+    assert len(set(seen)) == 50
+    assert sum(row < 500 for row in seen) in range(15, 36)
+    assert seen == sorted(GlobalOrder(1000, seed=0).indices(np.arange(50)).tolist()), "always the same"
+
+
 def test_byte_lengths_add_up_to_the_text():
     from tokenizers import Tokenizer
 

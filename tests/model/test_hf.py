@@ -162,6 +162,17 @@ def test_tokenizer_travels_with_the_weights_and_names_the_end_tokens(tmp_path):
     assert stock.config.pad_token_id == expected[1]
 
 
+def test_a_tokenizer_without_a_configuration_ends_texts_with_a_token_of_a_known_name(tmp_path):
+    shutil.copy(TOKENIZER / "tokenizer.json", tmp_path)
+    assert hf.special_token_ids(tmp_path) == {"eos": [0], "pad": 0}
+    plain = json.loads((tmp_path / "tokenizer.json").read_text())
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] == "<think>"]
+    plain["model"]["vocab"] = {"a": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=r"eos_token None is not in tokenizer\.json"):
+        hf.special_token_ids(tmp_path)
+
+
 def test_a_smaller_vocabulary_than_the_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer has ids up to 6399 .* vocab_size is 131"):
         random_model().save_pretrained(tmp_path, tokenizer_folder=TOKENIZER)

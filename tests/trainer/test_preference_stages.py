@@ -312,6 +312,18 @@ def test_a_run_goes_on_with_its_stored_reference_to_the_same_bits(train_pairs, t
     assert_same_weights(again, tmp_path / "whole")
 
 
+def test_a_run_does_not_go_on_against_another_reference(train_pairs, tmp_path, minigpt, pairs, base):
+    run, other = tmp_path / "run", tmp_path / "other"
+    model = MiniGPT.from_pretrained(base)
+    model.model.norm.weight.data[3] += 0.5
+    model.save_pretrained(other, tokenizer_folder=base)
+    train_pairs("dpo", run, "--max_steps", 2)
+    (run / "summary.json").unlink()
+    options = ("--data", pairs, "--init", other, "--save_dir", run, "--max_steps", 4, *SMALL)
+    found = minigpt("train", "dpo", *options).sentence()
+    assert "was trained against other weights than those that --init gives now" in found
+
+
 def test_a_reference_that_is_damaged_or_belongs_elsewhere_is_said_and_computed_anew(train_pairs, tmp_path, base):
     run, other = tmp_path / "run", tmp_path / "other"
     file = run / "reference_log_probs.safetensors"

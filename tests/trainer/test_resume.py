@@ -1,5 +1,6 @@
 """A run that is interrupted and goes on is the run that never was: same metrics, same weights, to the last bit."""
 
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from small_run import SMALL, assert_same_weights, metrics, weights
 
+from minigpt.dataset.shards import PackedDataset
 from minigpt.trainer.checkpoint import list_checkpoints, verify
 
 STEPS = 8
@@ -88,6 +90,71 @@ def test_fine_tuning_goes_on_with_its_own_weights_not_with_those_it_started_from
     train("sft", *options, "--save_dir", again)
     assert learnt(again) == learnt(whole)
     assert_same_weights(again, whole)
+
+
+def test_what_was_trained_is_saved_before_it_is_judged(packed, tmp_path, minigpt, train):
+    """A byte of the validation rows is wrong, which their first use finds out."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(packed, data)
+    (shard,) = (data / "valid").glob("*.arrow")
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-400] + bytes([good[-400] ^ 1]) + good[-399:])
+    found = minigpt("train", "pretrain", "--data", data, "--save_dir", run, "--max_steps", 3, *SMALL)
+    assert "damaged" in found.sentence()
+    assert [path.name for path in list_checkpoints(run)] == ["step_00000003"]
+    shard.write_bytes(good)
+    assert "at step 3 of 3" in train("pretrain", "--data", data, "--save_dir", run, "--max_steps", 3)
+    train("pretrain", "--data", packed, "--save_dir", tmp_path / "whole", "--max_steps", 3)
+    assert learnt(run) == learnt(tmp_path / "whole")
+    assert_same_weights(run, tmp_path / "whole")
+
+
+def test_a_step_that_has_a_checkpoint_is_not_saved_again(packed, tmp_path, train):
+    """Else a kill in between would find neither the old one nor the new one."""
+    whole = tmp_path / "whole"
+    train("pretrain", "--data", packed, "--save_dir", whole, *SAVE_ALL)
+    again = as_it_was_at(STEPS, whole, tmp_path / "again")
+    last = list_checkpoints(again)[-1]
+    before = {path: path.stat().st_mtime_ns for path in last.rglob("*")}
+    train("pretrain", "--data", packed, "--save_dir", again, *SAVE_ALL)
+    assert {path: path.stat().st_mtime_ns for path in last.rglob("*")} == before
+
+
+def test_a_run_goes_on_with_the_weights_it_began_with_whatever_was_trained_since(
+    packed, conversations, tmp_path, train
+):
+    whole = tmp_path / "whole"
+    train("pretrain", "--data", packed, "--save_dir", tmp_path / "base", "--max_steps", 2)
+    train("sft", "--data", conversations, "--save_dir", whole, *SAVE_ALL)
+    again = as_it_was_at(5, whole, tmp_path / "again")
+    train("pretrain", "--data", packed, "--save_dir", tmp_path / "newer", "--max_steps", 2, "--hidden_size", 64)
+    assert "newest" not in train("sft", "--data", conversations, "--save_dir", again, *SAVE_ALL)
+    assert_same_weights(again, whole)
+
+
+def test_epochs_are_epochs_also_when_a_run_goes_on_in_steps_of_another_size(packed, tmp_path, train):
+    """As many rows in all: what is left of the epoch is divided by the new size."""
+    rows = len(PackedDataset(packed))
+    options = ("--data", packed, "--epochs", 1, "--save_interval", 1, "--keep_checkpoints", 99)
+    whole = tmp_path / "whole"
+    train("pretrain", *options, "--save_dir", whole, "--global_batch_size", 4)
+    again = as_it_was_at(2, whole, tmp_path / "again")
+    train("pretrain", *options, "--save_dir", again, "--global_batch_size", 8)
+    assert metrics(again)[-1]["step"] == 2 + math.ceil((rows - 8) / 8)
+
+
+def test_files_that_changed_under_a_run_are_said_and_its_packed_data_stay(texts, tmp_path, train, minigpt):
+    raw, run = tmp_path / "raw", tmp_path / "run"
+    raw.mkdir()
+    shutil.copy(texts, raw)
+    options = ("--data", raw, "--seq_len", 64, *SAVE_ALL)
+    train("pretrain", *options, "--save_dir", run)
+    again = as_it_was_at(3, run, tmp_path / "again")
+    (raw / "more.txt").write_text("One more text, of which the checkpoints know nothing.\n" * 9)
+    found = minigpt("train", "pretrain", *options, "--save_dir", again, *SMALL).sentence()
+    assert f"--data {again / 'data'} goes on with them, --overwrite starts anew" in found
+    assert "at step 3" in train("pretrain", "--data", again / "data", *SAVE_ALL, "--save_dir", again)
+    assert_same_weights(again, run)
 
 
 def test_a_finished_run_is_not_trained_again(packed, tmp_path, train):
