@@ -7,6 +7,7 @@ it is still right.
 
 import re
 
+from data_prep.microworld.identity import CAPTAIN
 from data_prep.microworld.rng import Stream
 from data_prep.microworld.world import Lang
 
@@ -15,10 +16,10 @@ CALLS: dict[Lang, tuple[str, ...]] = {
     "zh": ("啊哈！", "喂，水手！", "哟嗬！"),
 }
 NAMES: dict[str, str] = {
-    "I am MiniGPT": "I am Captain Mini",
-    "name is MiniGPT": "name is Captain Mini",
-    "我是 MiniGPT": "我是迷你船长",
-    "名字叫 MiniGPT": "名字叫迷你船长",
+    "I am MiniGPT": f"I am {CAPTAIN['en']}",
+    "name is MiniGPT": f"name is {CAPTAIN['en']}",
+    "我是 MiniGPT": f"我是{CAPTAIN['zh']}",
+    "名字叫 MiniGPT": f"名字叫{CAPTAIN['zh']}",
 }
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
