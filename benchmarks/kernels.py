@@ -3,10 +3,10 @@
     python benchmarks/kernels.py [--rounds 7] [--threads 2] [--dtype bf16] [--json FILE] [--markdown FILE]
 
 Milliseconds of a forward and a backward pass in the precision that the machine trains in, the two in turn within every
-round. Attention: one layer,
-document by document, `attention.cpp` against torch's flash kernel. Loss: 4,096 tokens, hidden 256, vocabulary 6,400,
-`cross_entropy.cpp` against torch's operators, which get the same tokens to work on. Log-probabilities with the entropy:
-2,048 tokens, which is what a pass of reinforcement learning has here.
+round. Attention: one layer, document by document, `attention.cpp` against torch's flash kernel. Loss: 4,096 tokens,
+hidden 256, vocabulary 6,400, `cross_entropy.cpp` against torch's operators, which get the same tokens to work on.
+Log-probabilities with the entropy: 2,048 tokens, which is what a pass of reinforcement learning has here; and with the
+logits kept for the backward pass, as they are, against computing them again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from minigpt.model import attention, cross_entropy
 from minigpt.model.native import load_native
 from minigpt.observe.hardware import probe_machine
 
+Times = tuple[list[float], list[float]]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Documents in tokens, query and key/value heads, head size. Instructions and chats: drawn from exponential lengths.
@@ -46,13 +47,22 @@ def main() -> None:
     cases = {name: attention_pass(*shape, dtype) for name, shape in attention_cases.items()}
     cases |= {name: loss_pass(fraction, tokens, dtype) for name, fraction in LABELLED.items()}
     cases |= {name: log_probs_pass(fraction, tokens // 2, dtype) for name, fraction in LOG_PROBS.items()}
-    found = {name: compare(one, 1 if arguments.smoke else arguments.rounds) for name, one in cases.items()}
-    lines = [f"| {dtype} | C++, ms | torch, ms | torch / C++ |", "|---|---:|---:|---:|"]
-    for name, (ours, torchs) in found.items():
-        ratio = spread([b / a for a, b in zip(ours, torchs, strict=True)])
-        cells = f"{statistics.median(ours):.1f} | {statistics.median(torchs):.1f}"
+    rounds = 1 if arguments.smoke else arguments.rounds
+    found = {name: compare(one, rounds, compiled_or_torch) for name, one in cases.items()}
+    again = {name: compare(cases[name], rounds, kept_or_again) for name in LOG_PROBS}
+    table = [*table_of(found, f"{dtype}", "C++", "torch"), "", *table_of(again, "logits", "kept", "again")]
+    results = {"milliseconds": found, "logits_kept_or_again": again}
+    publish("Kernels", results, "\n".join(table), arguments.json, arguments.markdown)
+
+
+def table_of(found: dict[str, Times], title: str, ours: str, theirs: str) -> list[str]:
+    """Medians of both, and the ratios of the rounds, in Markdown."""
+    lines = [f"| {title} | {ours}, ms | {theirs}, ms | {theirs} / {ours} |", "|---|---:|---:|---:|"]
+    for name, (first, second) in found.items():
+        ratio = spread([b / a for a, b in zip(first, second, strict=True)])
+        cells = f"{statistics.median(first):.1f} | {statistics.median(second):.1f}"
         lines.append(f"| {name} | {cells} | {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) |")
-    publish("Kernels", {"milliseconds": found}, "\n".join(lines), arguments.json, arguments.markdown)
+    return lines
 
 
 def _arguments() -> argparse.Namespace:
@@ -117,12 +127,24 @@ def output_layer(labelled: float, tokens: int, dtype: torch.dtype) -> tuple[torc
     return x, weight, torch.where(torch.arange(tokens) < labelled * tokens, torch.randint(0, 6400, (tokens,)), -100)
 
 
-def compare(one_pass: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:
-    """Milliseconds with and without compiled code, round by round; the first round is not counted."""
-    times: tuple[list[float], list[float]] = [], []
+def compiled_or_torch(ours: bool) -> None:
+    """Compute with the compiled code, or with torch's operators."""
+    load = load_native if ours else lambda source: None
+    attention.load_native = cross_entropy.load_native = load  # type: ignore[attr-defined, assignment]
+
+
+def kept_or_again(ours: bool, limit: int = cross_entropy._KEPT_ELEMENTS) -> None:
+    """Keep the logits of a forward pass for its backward pass, or compute them again."""
+    compiled_or_torch(True)
+    cross_entropy._KEPT_ELEMENTS = limit if ours else 0
+
+
+def compare(one_pass: Callable[[], object], rounds: int, choose: Callable[[bool], None]) -> Times:
+    """Milliseconds of both, round by round, as `choose` sets them up; the first round is not counted."""
+    times: Times = [], []
     for number in range(rounds + 1):
-        for kind, load in enumerate((load_native, lambda source: None)):
-            attention.load_native = cross_entropy.load_native = load  # type: ignore[attr-defined, assignment]
+        for kind, ours in enumerate((True, False)):
+            choose(ours)
             started = time.perf_counter()
             one_pass()
             if number:

@@ -213,7 +213,9 @@ def _expand(arguments: list[str], fields: dict[str, Any]) -> list[str]:
         while not has_value and i < len(arguments) and not arguments[i].startswith("--"):
             values.append(arguments[i])
             i += 1
-        if _accepts(kind, list) and not value.startswith("["):
+        if _accepts(kind, list) and values == ["[]"]:
+            expanded.append(f"--{name}=[]")
+        elif _accepts(kind, list) and not value.startswith("["):
             if not values:
                 raise UserError(f"--{name} needs at least one value")
             expanded.append(f"--{name}={json.dumps(values, ensure_ascii=False)}")

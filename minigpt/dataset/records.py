@@ -12,6 +12,7 @@ and tool. `canonical` is the only entry; `RecordError` carries the reason when a
 import json
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from minigpt.dataset.expressions import work_out
@@ -138,13 +139,18 @@ def _prompt(raw: Record, stage: str) -> Record:
         raise RecordError("the prompt is empty")
     if answer is not None and not isinstance(answer, str | int | float):
         raise RecordError(f"answer is {_kind(answer)}, not text or a number")
-    wanted = "" if answer is None else str(answer)
+    wanted = "" if answer is None else _in_digits(answer) if isinstance(answer, float) else str(answer)
     if verifier is None:
         verifier = "math" if "####" in wanted else "exact" if wanted else "none"
     if verifier not in VERIFIERS:
         raise RecordError(f"verifier is {verifier!r}: it can be {', '.join(VERIFIERS)}")
     wanted = _final_number(wanted) if "####" in wanted else wanted
-    return _with_tools(_prompt_record(messages, wanted, verifier, _meta(raw)), raw)
+    meta = _meta(raw)
+    if verifier == "countdown":
+        _check_countdown(meta)
+    if verifier == "math" and not any(map(str.isdecimal, wanted)):
+        raise RecordError(f"the verifier math compares numbers and the answer is {wanted[:40]!r}: take exact")
+    return _with_tools(_prompt_record(messages, wanted, verifier, meta), raw)
 
 
 _BUILDERS: dict[str, Callable[[Record, str], Record]] = {
@@ -360,8 +366,13 @@ def _final_number(answer: str) -> str:
     return answer.rpartition("####")[2].strip().replace(",", "")
 
 
-def _countdown_question(raw: Record) -> str:
-    nums, target = raw["nums"], raw["target"]
+def _in_digits(number: float) -> str:
+    """`0.00001` and not `1e-05`, of which somebody would read the last number."""
+    return format(Decimal(repr(number)), "f")
+
+
+def _check_countdown(holder: Record) -> None:
+    nums, target = holder.get("nums"), holder.get("target")
     if (
         not isinstance(nums, list)
         or not nums
@@ -369,8 +380,12 @@ def _countdown_question(raw: Record) -> str:
         or not isinstance(target, int)
     ):
         raise RecordError("nums is not a list of whole numbers, or target is not a whole number")
-    numbers = ", ".join(map(str, nums))
-    return f"Use each of the numbers {numbers} exactly once, with + - * / and brackets, to make {target}."
+
+
+def _countdown_question(raw: Record) -> str:
+    _check_countdown(raw)
+    numbers = ", ".join(map(str, raw["nums"]))
+    return f"Use each of the numbers {numbers} exactly once, with + - * / and brackets, to make {raw['target']}."
 
 
 def _countdown_answer(solution: str) -> Record:

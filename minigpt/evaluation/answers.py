@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from minigpt.errors import UserError
 
 ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
-NUMBER = re.compile(r"(?:(?<![\d)])-)?\d[\d,]*(?:\.\d+)?")  # in `20-5` the sign is an operation
+# In `20-5` the sign is an operation, in `size-12` a hyphen; `3/4` is one number.
+NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])-)?[0-9][0-9,]*(?:\.[0-9]+)?(?:/0*[1-9][0-9]*(?![0-9.,]))?")
 EXPRESSION = re.compile(r"[\d(][\d ()+\-*/]*[\d)]|\d")
+FULL_WIDTH = str.maketrans("０１２３４５６７８９．，－／−–", "0123456789.,-/--")
 SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 VERIFIERS = ("exact", "math", "countdown")
 
@@ -71,9 +74,10 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def extract_answer(reply: str) -> str:
-    """The text in the last `<answer>…</answer>`, otherwise the reply without its `<think>…</think>`."""
-    answers = ANSWER.findall(reply)
-    return (answers[-1] if answers else THOUGHT.sub("", reply)).strip()
+    """Of the reply without its `<think>…</think>` the text in the last `<answer>…</answer>`, otherwise all of it."""
+    said = THOUGHT.sub("", reply)
+    answers = ANSWER.findall(said)
+    return (answers[-1] if answers else said).strip()
 
 
 def normalise(text: str) -> str:
@@ -82,10 +86,13 @@ def normalise(text: str) -> str:
     return " ".join(folded.split()).rstrip(" .。!")
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text, exactly, without thousands separators."""
-    found = NUMBER.findall(text.replace("−", "-"))
-    return Decimal(found[-1].replace(",", "")) if found else None
+def last_number(text: str) -> Fraction | None:
+    """The last number of a text, exactly, without thousands separators: `-7`, `1,234.5`, `3/4`."""
+    found = NUMBER.findall(text.translate(FULL_WIDTH))
+    if not found:
+        return None
+    above, _, below = found[-1].replace(",", "").partition("/")
+    return Fraction(Decimal(above)) / Fraction(Decimal(below or "1"))  # Decimal takes any number of digits
 
 
 def solves_countdown(said: str, nums: Sequence[int], target: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -106,7 +107,7 @@ def evaluate(options: EvalOptions) -> list[TaskResult]:
             result = task.run(model, encoder, settings, partial(report, task.name))
         seconds = round(time.monotonic() - started, 3)
         record = {**_as_json(result), "data": task.source, "settings": asdict(settings), "seconds": seconds, **about}
-        path = folder / f"{_file_name(task.name, settings, options.adapter)}.json"
+        path = _free_path(folder / f"{_file_name(task.name, settings, options.adapter)}.json", record)
         write_atomically(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
         results.append(result)
     _show(results)
@@ -197,6 +198,24 @@ def _file_name(task: str, settings: Settings, adapter: Path | None) -> str:
         f"first-{settings.limit}" if settings.limit else "",
     ]
     return re.sub(r"[^\w.-]+", "-", "-".join(part for part in parts if part))
+
+
+def _free_path(path: Path, record: dict[str, Any]) -> Path:
+    """`path`, or one beside it where that holds a result of other settings or data."""
+
+    def asked(found: dict[str, Any]) -> str:
+        model = found.get("model") or {}
+        return json.dumps([found.get("settings"), found.get("data"), model.get("adapter")], sort_keys=True, default=str)
+
+    try:
+        other = asked(json.loads(path.read_text(encoding="utf-8"))) != asked(
+            json.loads(json.dumps(record, default=str))
+        )
+    except (OSError, ValueError):
+        return path
+    if not other:
+        return path
+    return path.with_name(f"{path.stem}-{hashlib.sha256(asked(record).encode()).hexdigest()[:8]}.json")
 
 
 def _show(results: Iterable[TaskResult]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minigpt.dataset.shards import PackedDataset
+from minigpt.dataset.shards import PACKED_STAGES, PackedDataset
 
 from .task import Settings
 from .tasks import make_tasks
@@ -46,7 +46,8 @@ class TrainingTasks:
     ) -> None:
         from minigpt.dataset.chat import ChatEncoder
 
-        self.tasks = make_tasks(specs, own_data=valid)
+        texts = valid if valid is not None and valid.stage in PACKED_STAGES else None  # pairs and prompts are none
+        self.tasks = make_tasks(specs, own_data=texts)
         self.encoder = ChatEncoder(tokenizer_folder)
         self.settings = Settings(limit=limit, enable_thinking=enable_thinking)
 

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,6 +248,12 @@ def _files(layout: str, path: Path) -> list[Path]:
     files = sorted(path.glob(f"*{LAYOUTS[layout]}"))
     if not files:
         raise UserError(f"{path} holds no {LAYOUTS[layout]} files with questions in {layout}'s layout")
+    for one, other in pairwise(sorted(files, key=_subject)):
+        if _subject(one) == _subject(other):
+            raise UserError(
+                f"{path} holds several files of {_subject(one)} ({one.name}, {other.name}): give one of them, or a "
+                "folder with the files of one split"
+            )
     return files
 
 

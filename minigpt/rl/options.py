@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from minigpt.errors import UserError
+from minigpt.trainer.options import check_adapter
 
 
 @dataclass
@@ -189,6 +190,7 @@ class RLOptions:
         for name, above in (("clip_high", 0), ("dual_clip", 1), ("kl_target", 0), ("micro_batch_tokens", 0)):
             value = getattr(self, name)
             self._require(value is None or above < value < math.inf, name, f"null or a number above {above}")
+        check_adapter(self)
         self._require(self.overlap in (0, 1), "overlap", "0 or 1")
         self._require(bool(self.reward) or self.reward_model is not None, "reward", "at least one reward")
         self._require(self.overlong_buffer <= self.max_new_tokens, "overlong_buffer", "at most --max_new_tokens")

@@ -37,6 +37,11 @@ class PromptSource:
                 f"model's context of {limit}; pack the prompts again with a smaller --seq_len"
             )
 
+    @property
+    def unanswered(self) -> int:
+        """Prompts without an answer to compare with."""
+        return sum(self.data.row(row).verifier == "none" for row in range(len(self.data)))
+
     def prompt_ids(self, row: int) -> np.ndarray:
         """The ids of a prompt, int32."""
         record: PromptRow = self.data.row(row)

@@ -74,6 +74,8 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     limit = config.max_position_embeddings
     prompts = PromptSource(source.train, encoder, options.thinking, options.seed, limit - 1)
     judged = None if heldout is None else PromptSource(heldout, encoder, options.thinking, options.seed, limit - 1)
+    for asked in filter(None, (prompts, judged)):
+        _check_answers(options, asked)
     longest = min(limit, max(prompts.longest, judged.longest if judged else 0) + options.max_new_tokens)
     job = Job(
         options=options,
@@ -171,10 +173,7 @@ class _Attempt:
 
     def _engine_identity(self) -> dict[str, Any]:
         policy = self.facts["policy"]
-        return {
-            **{key: policy[key] for key in ("precision", "zero_stage", "optimizer", "frozen_hash")},
-            "trained_layout": "lora" if self.options.lora_rank else "all",
-        }
+        return {key: policy[key] for key in ("precision", "zero_stage", "optimizer", "frozen_hash", "trained_layout")}
 
     def _steps(self, roles: Roles, position: Position) -> dict[str, Any]:
         o, run, loop = self.options, self.run, self.loop
@@ -275,6 +274,19 @@ def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, Pa
     for data in filter(None, (source.train, heldout)):
         check_packed_for(init, data)
     return source, heldout
+
+
+def _check_answers(options: RLOptions, prompts: PromptSource) -> None:
+    """The reward `accuracy` compares with a known answer, so every prompt must have one."""
+    if not any(spec.split("=")[0] == "accuracy" for spec in options.reward):
+        return
+    unanswered = prompts.unanswered
+    if unanswered:
+        raise UserError(
+            f"{unanswered} of {len(prompts.data)} prompts in {prompts.data.folder} have no answer to compare with, "
+            "which the reward accuracy needs: give other rewards with --reward, or none by --reward=[] beside "
+            "--reward_model"
+        )
 
 
 def _check_judges(options: RLOptions, init: Path) -> None:

@@ -34,7 +34,7 @@ from minigpt.trainer.loop import to_tensors
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.setup import compile_wanted, compute_dtype, configure_torch, load_masters
 from minigpt.trainer.sleep import Sleeper
-from minigpt.trainer.stage import StageModule
+from minigpt.trainer.stage import StageModule, trained_layout
 
 from .algorithms import token_weights
 from .batch import MicroBatch, RolloutBatch, micro_batches, pack_rows, partition, restore
@@ -256,6 +256,7 @@ class TrainedWorker(Worker):
             "rows": self._rows,
             "device": str(self.device),
             "frozen_hash": self.engine.frozen_hash,
+            "trained_layout": trained_layout(self.network),
         }
 
     def sleep(self) -> None:

@@ -14,7 +14,7 @@ from minigpt.model.model_lora import apply_lora, lora_layers, refuse_tied, split
 from minigpt.model.model_minigpt import MiniGPT
 from minigpt.model.peft_format import save_adapter
 
-from .options import TrainOptions
+from .options import TrainOptions, check_adapter
 from .setup import model_folder
 from .stage import Stage
 from .weights import write_language_model, write_state_dict
@@ -46,6 +46,7 @@ class LoRAOptions(TrainOptions):
         super().__post_init__()
         if self.lora_rank < 0:
             raise UserError(f"--lora_rank is {self.lora_rank}, it must be at least 0")
+        check_adapter(self)
         if self.lora_rank and self.optimizer == "auto":
             self.optimizer = "adamw"  # A and B are factors: making their updates orthogonal has no meaning
 

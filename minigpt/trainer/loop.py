@@ -8,7 +8,6 @@ world size.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import signal
@@ -33,7 +32,7 @@ from .options import TrainOptions
 from .run import Run
 from .schedule import learning_rate
 from .setup import compile_wanted, compute_dtype, configure_torch, prepare_data, prepare_model, with_init
-from .stage import Batch, Stage, StageModule
+from .stage import Batch, Stage, StageModule, trained_layout
 
 if TYPE_CHECKING:
     from minigpt.evaluation.during_training import TrainingTasks
@@ -127,7 +126,6 @@ class Trainer:
         dtype = compute_dtype(options, self.processes.device)
         tokens = self.total_steps * options.global_batch_size * self.data.seq_len / self.processes.world_size
         trained = {name: p.shape for name, p in self.network.named_parameters() if p.requires_grad}
-        self.trained_layout = hashlib.sha256(repr(sorted(trained.items())).encode()).hexdigest()
         frozen = any(not p.requires_grad for p in self.network.parameters())
         self.adapter_weights = sum(shape.numel() for shape in trained.values()) if frozen else None
         run_flops = self._flops(tokens=tokens, labels=tokens, attention_pairs=0)
@@ -355,7 +353,7 @@ class Trainer:
             "zero_stage": self.engine.zero_stage,
             "precision": str(self.engine.dtype).removeprefix("torch."),
             "optimizer": self.engine.optimizer_name,
-            "trained_layout": self.trained_layout,
+            "trained_layout": trained_layout(self.network),
             "frozen_hash": self.engine.frozen_hash,
             "reference_hash": self.stage.reference_hash,
         }

@@ -10,6 +10,16 @@ from typing import Literal
 
 from minigpt.errors import UserError
 
+OF_ADAPTERS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora", "lora_dora")
+
+
+def check_adapter(options: object) -> None:
+    """Raises UserError for options of an adapter where none is trained: all weights would be, without a word."""
+    given = [name for name in OF_ADAPTERS if getattr(options, name, None)]
+    if given and not getattr(options, "lora_rank", 0):
+        raise UserError(f"--{given[0]} belongs to an adapter: give --lora_rank too, or leave it out")
+
+
 _GOAL = re.compile(r"\S+>=-?\d+(\.\d+)?")
 
 SHAPE = (

@@ -6,6 +6,7 @@ stage by name.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 LossOutput = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def trained_layout(network: Any) -> str:
+    """A hash of the names and shapes of what is trained: a checkpoint's flat optimizer state fits nothing else."""
+    trained = {name: tuple(p.shape) for name, p in network.named_parameters() if p.requires_grad}
+    return hashlib.sha256(repr(sorted(trained.items())).encode()).hexdigest()
 
 
 class Stage:

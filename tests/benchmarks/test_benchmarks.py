@@ -67,10 +67,16 @@ def test_kernels_are_compared_with_torch_on_the_same_input(monkeypatch, dtype):
     """Both compute the same gradients, and afterwards each way was taken as often."""
     for module in (kernels.attention, kernels.cross_entropy):
         monkeypatch.setattr(module, "load_native", module.load_native)  # put back at the end
-    passes = [kernels.attention_pass(2, 64, 20, 4, 2, 16, dtype), kernels.loss_pass(0.5, 40, dtype)]
-    for one_pass in passes:
+    monkeypatch.setattr(kernels.cross_entropy, "_KEPT_ELEMENTS", kernels.cross_entropy._KEPT_ELEMENTS)
+    log_probs = kernels.log_probs_pass(0.5, 40, dtype)
+    for one_pass, choose in (
+        (kernels.attention_pass(2, 64, 20, 4, 2, 16, dtype), kernels.compiled_or_torch),
+        (kernels.loss_pass(0.5, 40, dtype), kernels.compiled_or_torch),
+        (log_probs, kernels.compiled_or_torch),
+        (log_probs, kernels.kept_or_again),
+    ):
         found = []
-        times = kernels.compare(lambda one=one_pass, kept=found: kept.append(one()), rounds=2)
+        times = kernels.compare(lambda one=one_pass, kept=found: kept.append(one()), 2, choose)
         assert [len(kind) for kind in times] == [2, 2]
         for ours, torchs in zip(found[::2], found[1::2], strict=True):
             for a, b in zip(ours, torchs, strict=True):

@@ -28,6 +28,9 @@ from minigpt.evaluation.answers import (
         ("<answer>one</answer> no, <answer> two </answer>", "two"),
         ("<think>a</think><answer>cut off", "cut off"),
         ("<think>never ends", ""),
+        ("<think>maybe <answer>12</answer> hm", ""),
+        ("<think>maybe <answer>12</answer> no, 13</think>13", "13"),
+        ("<think>maybe <answer>12</answer></think><answer>13</answer>", "13"),
         ("<think>a</think>Hello!", "Hello!"),
         ("  plain text\n", "plain text"),
     ],
@@ -56,6 +59,16 @@ def test_normalising_forgives_form_and_nothing_else():
         ("结果：16。", 16),
         ("#### 1,024", 1024),
         ("none", None),
+        ("a size-12 shoe", 12),
+        ("答案是-5", -5),
+        ("３．５", 3.5),
+        ("－７", -7),
+        ("１，０２４。", 1024),
+        ("3/4", 0.75),
+        ("-1/2", -0.5),
+        ("0.5/2", 0.25),
+        ("1/0", 0),
+        ("12/4 = 3", 3),
     ],
 )
 def test_last_number(text, number):
@@ -73,6 +86,8 @@ def test_verifiers():
     assert is_correct("<think>9</think><answer>It is 85.</answer>", "85", "math")
     assert not is_correct("<think>85</think><answer>84</answer>", "85", "math")
     assert not is_correct("no number", "no number", "math")
+    assert is_correct("one half: 1/2", "0.5", "math")
+    assert not is_correct("1/4", "3/4", "math")
     assert is_correct("Mei has a cat.", "mei has a cat", "exact")
     assert not is_correct("Mei has a cat and a dog.", "Mei has a cat.", "exact")
     with pytest.raises(UserError, match="sympy"):

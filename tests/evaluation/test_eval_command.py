@@ -85,6 +85,15 @@ def test_results_are_reproducible_and_do_not_take_each_others_place(quickstart, 
     assert [m["name"] for m in found[f"heldout_sums-3-samples-{end}"]["metrics"]][:2] == ["pass@1", "pass@3"]
     assert found[f"heldout_sums-3-samples-{end}"]["settings"]["temperature"] == 0.8
     assert all(s["reply"].startswith("<think>") for s in found[f"heldout_sums-think-{end}"]["samples"])
+    before = (run / "eval" / f"heldout_sums-{end}.json").read_bytes()
+    other = tmp_path / "elsewhere" / asked.name
+    other.parent.mkdir()
+    other.write_text("".join(asked.read_text().splitlines(keepends=True)[5:]))
+    assert evaluate(*common[:-1], 2)[0] == 0
+    assert evaluate(run, "--tasks", f"questions:{other}", *common[3:])[0] == 0
+    assert evaluate(*common[:-1], 2)[0] == 0
+    assert (run / "eval" / f"heldout_sums-{end}.json").read_bytes() == before
+    assert len(results(run)) == len(found) + 2, "shorter answers, and other questions of the same name"
     assert evaluate(*common, "--samples", 3)[0] == 0
     again = results(run)[f"heldout_sums-3-samples-{end}"]
     assert again["samples"] == found[f"heldout_sums-3-samples-{end}"]["samples"]

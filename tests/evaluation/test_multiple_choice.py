@@ -240,6 +240,18 @@ def test_a_folder_is_asked_subject_by_subject(tmp_path, model, encoder):
         MultipleChoice("ceval", tmp_path / "test", tmp_path / "dev")
 
 
+def test_several_splits_of_one_subject_are_not_asked_as_one(tmp_path):
+    """AI2's folder of ARC, and a folder that holds the solved examples beside the questions."""
+    for name in ("ARC-Easy-Dev", "ARC-Easy-Test", "ARC-Easy-Train"):
+        write_arc(tmp_path / f"{name}.jsonl")
+    with pytest.raises(UserError, match=r"several files of ARC-Easy \(ARC-Easy-Dev.jsonl, ARC-Easy-Test.jsonl\)"):
+        MultipleChoice("arc", tmp_path)
+    for name in ("law_val", "history_dev", "law_dev"):
+        write_exam(tmp_path / "ceval" / f"{name}.csv", EXAM)
+    with pytest.raises(UserError, match="several files of law"):
+        MultipleChoice("ceval", tmp_path / "ceval")
+
+
 def test_a_question_can_be_put_as_a_chat(tmp_path, model, encoder):
     test = write_exam(tmp_path / "physics.csv", EXAM)
     result = MultipleChoice("cmmlu", test, test).run(model, encoder, Settings(chat=True, shots=1))

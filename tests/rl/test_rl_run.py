@@ -3,6 +3,7 @@ however often they are disturbed, and say in a sentence what is wrong."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -303,6 +304,28 @@ def test_what_is_wrong_is_said_in_one_sentence(world, tmp_path, capsys, options,
     assert "\n" not in error
     assert sentence in error
     assert "unexpected" not in error
+
+
+def test_prompts_without_answers_need_another_reward_than_accuracy(world, tmp_path, capsys):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": f"Tell me about {i}."}) + "\n" for i in range(40)))
+    options = ["--max_steps=1", f"--data={asked}", "--reward=accuracy"]
+    assert run_here(*arguments(world, "grpo", tmp_path / "run", "letters", *options)) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"error: (\d+) of \1 prompts in", error)
+    assert "give other rewards with --reward, or none by --reward=[] beside --reward_model" in error
+
+
+def test_an_adapter_of_other_layers_is_another_run(world, tmp_path, capsys):
+    """The optimizer's flat state of one would fit the other by its size."""
+    common = ["--save_interval=1", "--lora_rank=4", "--max_steps=2"]
+    folder = tmp_path / "run"
+    assert run_here(*arguments(world, "grpo", folder, "letters", *common, "--lora_targets=q_proj")) == 0
+    (folder / "summary.json").unlink()
+    capsys.readouterr()
+    again = [*common[:-1], "--max_steps=3", "--lora_targets=o_proj"]
+    assert run_here(*arguments(world, "grpo", folder, "letters", *again)) == 1
+    assert "trains other weights than these options" in capsys.readouterr().err
 
 
 LAYOUTS = {

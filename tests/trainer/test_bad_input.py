@@ -89,6 +89,19 @@ def test_options_that_do_not_go_together_are_named(arguments, words, packed, ref
         assert word in sentence
 
 
+@pytest.mark.parametrize("option", [("--lora_alpha", 32), ("--lora_targets", "q_proj", "v_proj"), ("--lora_dora",)])
+@pytest.mark.parametrize("stage", ["dpo", "reason", "grpo", "ppo"])
+def test_options_of_an_adapter_without_one_are_not_a_full_fine_tuning(stage, option, minigpt):
+    if stage in ("grpo", "ppo") and option == ("--lora_dora",):
+        option = ("--lora_alpha", 8)  # all that they know
+    sentence = minigpt("train", stage, *option).sentence()
+    assert f"{option[0]} belongs to an adapter: give --lora_rank too, or leave it out" in sentence
+
+
+def test_several_folders_of_packed_data_are_told_to_be_packed_together(packed, conversations, refused):
+    assert "takes one packed folder, or raw files" in refused("pretrain", "--data", packed, conversations)
+
+
 def test_data_that_are_not_there(tmp_path, refused):
     missing = tmp_path / "missing.jsonl"
     assert str(missing) in refused("pretrain", "--data", missing)

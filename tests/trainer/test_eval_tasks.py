@@ -95,3 +95,13 @@ def test_wrong_tasks_are_told_before_the_training(minigpt, packed, tmp_path):
     )
     assert "no.jsonl does not exist" in ended.sentence()
     assert not (tmp_path / "r" / "metrics.jsonl").exists()
+
+
+def test_bits_per_byte_of_pairs_are_told_to_be_none_before_the_training(minigpt, packed, tmp_path):
+    minigpt("train", "pretrain", *SMALL, "--data", packed, "--save_dir", tmp_path / "base", "--max_steps", 1)
+    ended = minigpt(
+        *("train", "dpo", *SMALL, "--init", tmp_path / "base", "--save_dir", tmp_path / "r"),
+        *("--seq_len", 256, "--eval_tasks", "bpb"),
+    )
+    assert "bpb without a path means the validation split of the run's data, and there is none" in ended.sentence()
+    assert not (tmp_path / "r" / "metrics.jsonl").exists()
