@@ -85,7 +85,8 @@ class Recipe:
         rows: Packed rows a step.
         stages: Steps and peak learning rate of each stage.
         efficiency: Part of the machine's matrix-product rate that training reaches, for the prediction.
-        overhead: Seconds that are not training: start-up, compilation, packing, evaluation.
+        overhead: Seconds besides: start-up, compilation, packing, evaluation. Where products are fast, also what a step
+            does between them, which takes as long on any machine that has such products.
         world: Size of the micro-world.
     """
 
@@ -102,7 +103,7 @@ RECIPES = {
     "cpu-bf16": Recipe(
         {"preset": "s", "dtype": "bf16"},
         8, {"pretrain": (600, 6e-3), "sft": (260, 3e-3), "reason_start": (330, 2e-3), "grpo": (42, 3e-4),
-            "reason": (200, 1e-3), "lora": (50, 4e-3)}, 0.40, 220,
+            "reason": (200, 1e-3), "lora": (50, 4e-3)}, 1.00, 360,
     ),
     "fp32": Recipe(
         {"preset": "s", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6,

@@ -14,7 +14,7 @@ import pytest
 from minigpt.cli import VERBS, main, parse_options
 from minigpt.errors import UserError
 
-MINIGPT = [sys.executable, "-m", "minigpt.cli"]
+MINIGPT = [sys.executable, "-m", "minigpt"]
 
 
 @dataclass

@@ -404,6 +404,8 @@ class Engine:
         cache = self._cache
         self._cache = KVCache(self.model.config, 0, cache.max_length, cache.kv.dtype, self.device)
         self.decoder.forget()
+        if self._static is not None:
+            self._static.forget()
         if self._native is not None:
             self._native.forget()
 

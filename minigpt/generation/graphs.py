@@ -131,8 +131,13 @@ class StaticDecoder:
     def _forget_if_moved(self, cache: KVCache) -> None:
         places = (cache.kv.data_ptr(), *cache.kv.shape, *self._decoder.places)
         if places != self._places:
-            self._replays.clear()
-            self._places, self._pool = places, None
+            self.forget()
+            self._places = places
+
+    def forget(self) -> None:
+        """Give back the recordings and their memory."""
+        self._replays.clear()
+        self._places, self._pool = (), None
 
     def _record(self, B: int, L: int, cache: KVCache) -> None:
         """Runs the step as it stands, which may be done twice, and records it."""

@@ -30,7 +30,7 @@ import torch
 from .native import load_native
 
 SOURCE = Path(__file__).with_name("cross_entropy.cpp")
-_CHUNK_ELEMENTS = 1 << 23  # logits alive at a time: 32 MB in float32
+_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}  # logits alive at a time: 32 MB and 1 GB in float32
 _KEPT_ELEMENTS = 1 << 24  # no more logits are kept for the backward pass
 Numbers = Sequence[torch.Tensor]
 """Of each token: log-normaliser, entropy, and the upstream gradients of its log-probability and entropy."""
@@ -233,7 +233,7 @@ def _memory(x_NE, weight_VE, keeps_logits: bool) -> torch.Tensor:
 
 def _chunks(weight_VE, *tensors, kept=None):
     """Pieces of the tensors; behind them, if asked for, that of the kept logits or None where there are none."""
-    chunk = max(1, _CHUNK_ELEMENTS // weight_VE.shape[0])
+    chunk = max(1, _CHUNK_ELEMENTS.get(weight_VE.device.type, 1 << 23) // weight_VE.shape[0])
     pieces = [t.split(chunk) for t in tensors]
     if kept is not None:
         pieces.append(kept[: len(tensors[0])].split(chunk) if kept.numel() else [None] * len(pieces[0]))

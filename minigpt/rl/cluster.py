@@ -30,6 +30,7 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from minigpt.errors import UserError
 
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+SUBMITTED = "MINIGPT_SUBMITTED"  # set in jobs whose working directory is thrown away
 REMEDY = "use fewer or smaller roles, or add a node with ./launch/ray_cluster.sh join"
 EPSILON = 1e-6  # Ray counts in steps of 1e-4
 _before: dict[str, str | None] = {}  # what TOKEN_VARIABLES held before `connect`

@@ -26,6 +26,7 @@ from minigpt.errors import UserError
 
 from .layout import Bundle, Layout
 
+PLACING_SECONDS = 120.0  # until a new worker answers
 DEATH_NOTICE_SECONDS = 5.0  # until Ray knows that a process ended
 
 
@@ -75,20 +76,29 @@ class WorkerGroup:
 
     def _start(self, rank: int) -> Any:
         where = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=self._bundle_of[rank])
-        options = {
+        options: dict[str, Any] = {
             "num_cpus": self.needs.cpus,
             "num_gpus": self.needs.gpus,
             "scheduling_strategy": where,
             "max_restarts": 0,  # an actor that Ray restarts is an empty one
             "max_task_retries": 0,  # and a call that it repeats runs twice
         }
+        if not self.needs.gpus and ray.cluster_resources().get("GPU"):
+            # Ray leaves the GPUs visible to those that asked for none, and DeepSpeed would take one
+            options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}}
         actor: Any = ray.remote(self._worker).options(**options)
         return actor.remote(rank, self.needs.workers, self.needs.threads, *self._arguments)
 
     def restart(self, rank: int) -> None:
-        """A new worker in the place of a dead one; it knows nothing but what it was constructed with."""
+        """A new worker in the place of a dead one; it knows nothing but what it was constructed with.
+
+        Errors: WorkerDied when there is no place for it any more: its node is gone.
+        """
         ray.kill(self.workers[rank])
         self.workers[rank] = self._start(rank)
+        (there, _) = ray.wait([self.one(rank, "ping")], timeout=PLACING_SECONDS)
+        if not there:
+            raise WorkerDied(self.role, rank, f"no new one could be started within {PLACING_SECONDS:.0f} s")
 
     def all(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
         """Call a method on all workers at the same time; returns references, one a worker."""

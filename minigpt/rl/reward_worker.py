@@ -30,6 +30,8 @@ PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Answers batches until the pool hangs up. Arguments: file descriptor of the connection, process id of the pool."""
     connection, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
+    # Who stops a job tells all its processes. The run finishes its step first, for which it needs these rewards.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -168,20 +168,25 @@ class Roles:
 
     def _collect_one(self, rank: int, sampling: Sampling) -> tuple[Timed[int], Timed[RolloutBatch]]:
         rollout = self.groups["rollout"]
+        dead: Any = None  # the worker that has to be replaced
+        death: WorkerDied | None = None
         for attempt in range(ATTEMPTS):
-            worker, loading, generating = sampling.asked[rank]
             try:
+                if dead is not None:
+                    self._turn("rollout")
+                    if dead is rollout.workers[rank]:  # else it was replaced while another request was waited for
+                        self.say(f"{death}; a new one answers the same prompts")
+                        self.delivery.forget(rank)
+                        rollout.restart(rank)
+                        rollout.result(rollout.one(rank, "setup"), rank, "load its model")
+                    sampling.asked[rank] = self._ask(rank, sampling.request)
+                _, loading, generating = sampling.asked[rank]
                 return rollout.result(loading, rank, "load weights"), rollout.result(generating, rank, "answer")
-            except WorkerDied as death:
+            except WorkerDied as error:
                 if attempt + 1 == ATTEMPTS:
                     raise
-                self._turn("rollout")
-                if worker is rollout.workers[rank]:  # else it was replaced while another request was waited for
-                    self.say(f"{death}; a new one answers the same prompts")
-                    rollout.restart(rank)
-                    self.delivery.forget(rank)
-                    rollout.wait([rollout.one(rank, "setup")], "load its model")
-                sampling.asked[rank] = self._ask(rank, sampling.request)
+                dead = sampling.asked[rank].worker if death is None else rollout.workers[rank]
+                death = error
         raise AssertionError
 
     # ---------------------------------------------------------------------------------------------------- judging

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from minigpt.trainer.setup import Source, check_packed_for, model_folder, prepar
 
 from . import cluster
 from .batch import choose_row_length
+from .cluster import SUBMITTED
 from .group import WorkerDied
 from .loop import Loop, Position
 from .options import RLOptions
@@ -59,6 +61,7 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     run = Run(name, options, ALONE)  # type: ignore[arg-type]  # it reads the options that both kinds have
     if (summary := run.finished_summary()) is not None:
         return summary
+    _check_save_dir(options.save_dir)
     if options.deepspeed is not None and not options.deepspeed.exists():
         raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; the shipped ones are in ds_configs/")
     options = with_init(stage, options)
@@ -78,7 +81,7 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
         _check_answers(options, asked)
     longest = min(limit, max(prompts.longest, judged.longest if judged else 0) + options.max_new_tokens)
     job = Job(
-        options=options,
+        options=_with_absolute_paths(options),
         init=init.resolve(),
         row_length=choose_row_length(longest, options.answers_per_step // options.minibatches, min(limit, LONG_ROW)),
         longest=longest,
@@ -155,16 +158,14 @@ class _Attempt:
         fresh = Position(kl_coefficient=o.kl_coefficient)
         if not resume:
             return fresh
-        found = checkpoint.newest_good(self.run.folder, self.run.say)
+        run_folder = self.run.folder.resolve()  # the workers are in other working directories
+        critics = run_folder / "critic" if "critic" in self.facts else None
+        found = checkpoint.newest_good(run_folder, self.run.say, critics)
         if found is None:
             return fresh
         folder, state = found
         self.run.check_resumable(state, self.data, self.network, self._engine_identity())
-        critic = None
-        if "critic" in self.facts:
-            critic = checkpoint.checkpoint_folder(self.run.folder / "critic", state["step"])
-            checkpoint.verify(critic)
-        roles.load(folder, critic)
+        roles.load(folder, None if critics is None else checkpoint.checkpoint_folder(critics, state["step"]))
         self.run.say(f"resuming from {folder} at step {state['step']} of {o.max_steps}")
         position = Position(**state["position"])
         if o.kl_target is None:  # nothing adapts it: the option counts, which may be another one now
@@ -177,8 +178,7 @@ class _Attempt:
 
     def _steps(self, roles: Roles, position: Position) -> dict[str, Any]:
         o, run, loop = self.options, self.run, self.loop
-        policy = self.facts["policy"]
-        run.start(self._description(), o.max_steps, position.step, torch.device(policy["device"]), torch.float32)
+        run.start(self._description(), o.max_steps, position.step, None, torch.float32)
         roles.publish(position.step)
         if not position.first_evaluation:
             position.first_evaluation = self._evaluate(position)
@@ -214,11 +214,11 @@ class _Attempt:
             **self.run.identity(self.data, self.network),
             **self._engine_identity(),
         }
-        roles.save(self.run.folder, json.loads(json.dumps(state, default=str)))
+        roles.save(self.run.folder.resolve(), json.loads(json.dumps(state, default=str)))
         self.saved = True
 
     def _finish(self, roles: Roles, position: Position, metrics: dict[str, float]) -> dict[str, Any]:
-        written = roles.export(self.run.folder)
+        written = roles.export(self.run.folder.resolve())
         first, last = position.first_evaluation, position.last_evaluation
         summary = {
             "stage": self.job.name,
@@ -274,6 +274,18 @@ def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, Pa
     for data in filter(None, (source.train, heldout)):
         check_packed_for(init, data)
     return source, heldout
+
+
+def _with_absolute_paths(options: RLOptions) -> RLOptions:
+    """The options for workers, whose working directory is that of their node's Ray."""
+    names = ("save_dir", "deepspeed", "reward_model", "critic_init")
+    paths = {name: path for name in names if (path := getattr(options, name, None)) is not None}
+    return replace(options, **{name: path.resolve() for name, path in paths.items()})
+
+
+def _check_save_dir(folder: Path) -> None:
+    if os.environ.get(SUBMITTED) and not folder.is_absolute():
+        raise UserError(f"--save_dir {folder} would be thrown away with the job's folder: give an absolute path")
 
 
 def _check_answers(options: RLOptions, prompts: PromptSource) -> None:

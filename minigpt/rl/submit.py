@@ -25,7 +25,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from minigpt.errors import UserError
-from minigpt.rl.cluster import use_token, wrong_token
+from minigpt.rl.cluster import SUBMITTED, use_token, wrong_token
 
 MAX_MEGABYTES = 100  # the head keeps the package in memory; code is far smaller, so what is larger is data by mistake
 PROGRAM = "./launch/ray_submit.sh"
@@ -100,7 +100,7 @@ def _send(client: JobSubmissionClient, folder: Path, files: Sequence[str], comma
         package = Path(scratch) / "working_dir.zip"
         _pack(folder, files, package)
         # Ray runs the command with OMP_NUM_THREADS=1, which would leave a trainer with one core.
-        entrypoint = "exec " + shlex.join(["env", "-u", "OMP_NUM_THREADS", *command])
+        entrypoint = "exec " + shlex.join(["env", "-u", "OMP_NUM_THREADS", f"{SUBMITTED}=1", *command])
         job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(package)})
     print(f"job {job} on {client.get_address()}\n{_commands(client, job)}", file=sys.stderr)
     return job
@@ -137,7 +137,7 @@ def _check_paths(folder: Path, files: Sequence[str], command: Sequence[str]) -> 
             continue
         if name == "--save_dir":
             raise UserError(f"--save_dir {value} would be thrown away with the job's folder: give an absolute path")
-        if (folder / path).exists() and Path(os.path.normpath(path)) not in sent:
+        if os.path.exists(folder / path) and Path(os.path.normpath(path)) not in sent:
             raise UserError(
                 f"{value} is not sent with the code, since git does not track it: give an absolute path that is good "
                 "on every node"

@@ -138,11 +138,19 @@ def verify(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
 
-def newest_good(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest undamaged checkpoint and its state; damaged ones are named through `say` and passed over."""
+def newest_good(
+    run: Path, say: Callable[[str], None], beside: Path | None = None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest undamaged checkpoint and its state; damaged ones are named through `say` and passed over.
+
+    With `beside`, the folder of another engine of the same run, those count of which it has the same step, undamaged.
+    """
     for folder in reversed(list_checkpoints(run)):
         try:
-            return folder, verify(folder)
+            state = verify(folder)
+            if beside is not None:
+                verify(checkpoint_folder(beside, state["step"]))
+            return folder, state
         except UserError as error:
             say(f"{error}: passing over this checkpoint, going back to the one before")
     return None

@@ -467,6 +467,7 @@ def _deepspeed_config(path: Path | None, dtype: torch.dtype, grad_clip: float) -
             raise UserError(f"{path} is not valid JSON ({error})") from None
         if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
             raise UserError(f"{path} is no DeepSpeed configuration; the shipped ones are in ds_configs/")
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded states are torch's AdamW's too
     stage = config.setdefault("zero_optimization", {}).setdefault("stage", 1)
     if stage == 0 and dtype != torch.float32:
         raise UserError(

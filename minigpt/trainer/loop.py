@@ -407,12 +407,15 @@ def to_tensors(batch: Batch, device: torch.device, attention_backend: str | None
 
 
 def _fixed_boundaries(document_ids_BT: np.ndarray) -> torch.Tensor:
-    """Document boundaries in the flattened batch, int32; padded with B·T, since compiled graphs want fixed shapes."""
+    """Document boundaries in the flattened batch, int32; padded with B·T to one of few lengths for compiled graphs.
+
+    Not to one length for all batches: a kernel starts blocks for every document that there could be.
+    """
     size = document_ids_BT.size
     starts = np.ones(document_ids_BT.shape, dtype=bool)
     starts[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
     positions = np.flatnonzero(starts)
-    room = max(len(positions), size // 16) + 1
+    room = (1 << max(6, (len(positions) - 1).bit_length())) + 1
     return torch.from_numpy(np.pad(positions, (0, room - len(positions)), constant_values=size).astype(np.int32))
 
 

@@ -162,13 +162,14 @@ class Run:
         description: str,
         total_steps: int,
         step: int,
-        device: torch.device,
+        device: torch.device | None,
         dtype: torch.dtype,
         judged: bool = True,
     ) -> None:
         """Write config.yaml, measure the machine, open the metrics and say what will run.
 
-        `judged`: whether the weights of `step`, where it goes on, have been validated.
+        `judged`: whether the weights of `step`, where it goes on, have been validated. Without a `device` nothing is
+        measured: what trains is elsewhere.
         """
         if not self.first:
             return
@@ -176,8 +177,9 @@ class Run:
 
         options = json.loads(json.dumps(asdict(self.options), default=str))
         write_text(self.folder / "config.yaml", yaml.safe_dump({"stage": self.stage, **options}, sort_keys=False))
-        with torch.random.fork_rng():  # measuring draws random numbers, and a resumed run's were restored already
-            self.peak = peak_flops(device, dtype)
+        if device is not None:
+            with torch.random.fork_rng():  # measuring draws random numbers, and a resumed run's were restored already
+                self.peak = peak_flops(device, dtype)
         print(f"{self.stage}: {description}", flush=True)
         truncate_metrics(self.folder / METRICS_FILE, step, judged)
         self._logger = RunLogger(

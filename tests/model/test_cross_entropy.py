@@ -19,7 +19,7 @@ def way(request, monkeypatch):
     """Small chunks, the last of them not full, and all tokens at once; logits that are too many to be kept; by torch
     alone; tokens without a label too."""
     if request.param in ("8 rows a chunk", "logits computed again"):
-        monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", V * 8)
+        monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", {"cpu": V * 8, "cuda": V * 8})
     if request.param == "logits computed again":
         monkeypatch.setattr(cross_entropy, "_KEPT_ELEMENTS", N * V - 1)
     if request.param == "without a compiler":

@@ -24,10 +24,15 @@ import grpc
 import psutil
 import pytest
 import ray
+import torch
 from ray.util.placement_group import placement_group, remove_placement_group
+from tiny_rl import write_world
 
+from minigpt import cli
 from minigpt.errors import UserError
-from minigpt.rl.cluster import check_resources, connect, disconnect
+from minigpt.rl.cluster import SUBMITTED, check_resources, connect, disconnect
+from minigpt.rl.group import WorkerGroup, place
+from minigpt.rl.layout import Role, bundles, laptop
 from minigpt.rl.submit import SubmitOptions, submit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -170,6 +175,15 @@ def cluster(short_folder) -> Iterator[Cluster]:
 # What needs no cluster
 
 
+def test_a_job_keeps_nothing_in_its_own_folder(tmp_path, monkeypatch, capsys):
+    """Also the folder that no option names."""
+    monkeypatch.setenv(SUBMITTED, "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "grpo", f"--init={tmp_path}"])
+    assert "--save_dir out/grpo would be thrown away with the job's folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
@@ -201,6 +215,7 @@ def test_bad_input_is_answered_by_one_sentence(command, sentence, tmp_path):
         ({}, "minigpt train grpo --data=data", "data is not sent with the code, since git does not track it"),
         ({}, "minigpt train grpo --data ./data", "./data is not sent with the code, since git does not track it"),
         ({"address": "127.0.0.1:1"}, "python job.py", "no job server answers at http://127.0.0.1:1"),
+        ({"address": "127.0.0.1:1"}, f"python -c {'x' * 300}", "no job server answers at http://127.0.0.1:1"),
         ({"working_dir": Path("/")}, "ls", "git does not list its files .*: submit from a checkout"),
     ],
 )
@@ -476,6 +491,74 @@ sys.stdin.readline()
     finally:
         driver.kill()
         driver.communicate()
+
+
+def test_a_worker_without_gpus_sees_none_though_its_node_has_some(driver):
+    """A node of this cluster has GPUs, as Ray was told; whoever asked for none would compute on the first of them."""
+    worker = Role(workers=1, threads=1)
+    needed = bundles({**laptop(), "rollout": worker}, ["rollout"])
+    placement = place(needed, 60)
+    group = WorkerGroup(seeing(), "rollout", {**laptop(), "rollout": worker}, needed, placement, (), 60.0)
+    try:
+        (seen,) = group.wait(group.all("seen"), "look")
+        assert seen == ("", "cpu")
+    finally:
+        group.kill()
+        remove_placement_group(placement)
+
+
+def seeing() -> type:
+    """A class that Ray sends along."""
+
+    class Seeing:
+        def __init__(self, *_: object) -> None: ...
+
+        def seen(self) -> tuple[str | None, str | None]:
+            return os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("DS_ACCELERATOR")
+
+    return Seeing
+
+
+ROLES_APART = """
+policy: {workers: 1, cpus: 2, threads: 1}
+rollout: {workers: 1, cpus: 1, threads: 1}
+"""  # the head has two CPUs, the other node one
+
+
+def test_a_run_whose_roles_are_on_two_nodes_ends_with_the_bits_of_one_on_one(cluster, tmp_path):
+    """Started in a folder of its own, with relative paths: the nodes' workers are in others."""
+    write_world(tmp_path)
+    (tmp_path / "apart.yaml").write_text(ROLES_APART)
+    (tmp_path / "together.yaml").write_text("policy: {threads: 1}\nrollout: {threads: 1}\n")
+    shutil.copy(REPOSITORY / "ds_configs" / "zero1.json", tmp_path)
+    common = [
+        *(sys.executable, "-m", "minigpt", "train", "grpo", "--data=prompts", "--init=sft", "--reward=format"),
+        *("--layout=apart.yaml", "--deepspeed=zero1.json", "--max_steps=2", "--prompts_per_step=2"),
+        *("--samples_per_prompt=2", "--max_new_tokens=8", "--eval_prompts=2", "--save_interval=1", "--dtype=fp32"),
+        *("--compile=false", "--tensorboard=false", "--kl_coefficient=0", "--learning_rate=1e-3"),
+    ]
+    for folder, options in (("spread", [f"--ray_address={cluster.address}"]), ("alone", ["--layout=together.yaml"])):
+        done = subprocess.run(
+            [*common, f"--save_dir={folder}", *options],
+            cwd=tmp_path,
+            env=cluster.environment,
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    spread, alone = (torch.load(next((tmp_path / n).glob("*.pth")), weights_only=True) for n in ("spread", "alone"))
+    assert all(torch.equal(spread[name], weight) for name, weight in alone.items())
+    assert [p.name for p in (tmp_path / "spread" / "checkpoints").iterdir()] == ["step_00000001", "step_00000002"]
+    (tmp_path / "spread" / "summary.json").unlink()
+    longer = [option.replace("--max_steps=2", "--max_steps=3") for option in common]
+    done = subprocess.run(
+        [*longer, "--save_dir=spread", f"--ray_address={cluster.address}"],
+        cwd=tmp_path,
+        env=cluster.environment,
+        text=True,
+        capture_output=True,
+    )
+    assert "at step 2 of 3" in done.stdout, done.stdout + done.stderr
 
 
 def test_stop_ends_this_cluster_and_nothing_else_and_a_killed_driver_takes_its_ray_along(cluster, short_folder):

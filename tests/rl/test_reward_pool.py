@@ -251,6 +251,15 @@ def test_a_worker_that_died_between_two_batches_is_replaced(functions):
             assert worker_ids(pool) != [before]
 
 
+def test_who_stops_a_job_stops_no_reward_of_the_step_that_is_finished_first(functions):
+    with RewardPool([functions("number")]) as pool:
+        before = worker_ids(pool)
+        for worker in before:
+            os.kill(worker, signal.SIGTERM)
+        assert score(pool, ["1", "2", "3"]).rewards.tolist() == [1, 2, 3]
+        assert worker_ids(pool) == before
+
+
 def test_a_batch_that_does_not_fit_into_a_worker_is_an_error_and_not_a_row_of_zeros(functions):
     with RewardPool([functions("length")], memory_mb=128) as pool:
         with pytest.raises(UserError, match="memory_mb=128"):

@@ -19,7 +19,7 @@ from minigpt.rl.delivery import Delivery
 from minigpt.rl.group import WorkerDied, WorkerGroup, place
 from minigpt.rl.layout import Role, bundles, choose_layout, laptop
 from minigpt.rl.publish import unpack
-from minigpt.rl.roles import Roles
+from minigpt.rl.roles import CLASSES, Roles
 from minigpt.rl.workers import PolicyWorker, RolloutWorker
 from minigpt.trainer.setup import load_masters
 
@@ -183,6 +183,40 @@ def test_weights_that_come_while_answers_are_drawn_wait_for_their_end(run, batch
     for ours, theirs in zip(found[1::2], expected[1::2], strict=True):
         assert all(np.array_equal(array, arrays_of(theirs)[name]) for name, array in arrays_of(ours).items())
     assert not np.array_equal(found[1].tokens, found[3].tokens)
+
+
+def mortal_once(mark: Path) -> type:
+    """A sampler that dies while it is set up, if there is a mark."""
+
+    class DyingOnce(RolloutWorker):
+        def setup(self) -> None:
+            import os
+            import signal
+
+            if mark.exists():
+                mark.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().setup()
+
+    return DyingOnce
+
+
+def test_a_sampler_whose_replacement_dies_is_replaced_once_more(run, tmp_path, monkeypatch):
+    mark, said = tmp_path / "mark", []
+    monkeypatch.setitem(CLASSES, "rollout", mortal_once(mark))
+    roles = Roles(make_job(run), said.append)
+    try:
+        roles.setup()
+        roles.publish(0)
+        expected = roles.collect(roles.sample(make_request()))
+        under_way = roles.sample(make_request())
+        mark.touch()
+        ray.kill(roles.groups["rollout"].workers[0])
+        found = roles.collect(under_way)
+        assert sum("a new one answers" in sentence for sentence in said) == 2
+        assert all(np.array_equal(array, arrays_of(expected)[name]) for name, array in arrays_of(found).items())
+    finally:
+        roles.close()
 
 
 def test_a_sampler_that_dies_of_two_requests_is_replaced_once(run):

@@ -138,6 +138,18 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(whole, world,
         assert without_times(ours) == without_times(theirs)
 
 
+def test_a_damaged_checkpoint_of_the_critic_is_passed_over_with_the_policys(whole, world, tmp_path, capsys):
+    run = interrupted(whole, tmp_path / "ppo", STEPS - 1)
+    (damaged, *_) = checkpoint(run / "critic", STEPS - 1).rglob("*model_states.pt")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    train(world, run, *ADAPTIVE)
+    said = capsys.readouterr().out
+    assert f"{damaged} is damaged" in said
+    assert f"at step {STEPS - 2} of {STEPS}" in said
+    ours, theirs = engine_state(run, STEPS), engine_state(whole, STEPS)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_a_resumed_run_goes_on_with_the_kl_coefficient_that_is_asked_for_now(whole, world, tmp_path, capsys):
     """Unless a target adapts it, an option is what it says, not what the checkpoint remembers."""
     run = interrupted(whole, tmp_path / "ppo", STEPS - 1)

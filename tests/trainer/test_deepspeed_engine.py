@@ -1,5 +1,7 @@
 """The engine in one process: parameter groups, masters, clipping, Muon's update, skipped steps, evaluation."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -225,3 +227,16 @@ def test_alone_no_port_is_left_behind_for_programs_that_are_started_from_here(mo
     found = init_processes()
     assert (found.rank, found.world_size) == (0, 1)
     assert "MASTER_PORT" not in os.environ
+
+
+def test_the_configuration_that_offloads_trains(tmp_path):
+    """In a process of its own: ZeRO stage 3 changes torch for good."""
+    shape = ["--hidden_size=32", "--num_hidden_layers=1", "--num_attention_heads=2", "--num_key_value_heads=1"]
+    command = [sys.executable, "-m", "minigpt", "train", "pretrain", *shape, "--max_steps=2", "--compile=false"]
+    done = subprocess.run(
+        [*command, f"--save_dir={tmp_path}", f"--deepspeed={CONFIGS / 'zero3_offload.json'}", "--dtype=bf16"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf" / "model.safetensors").exists()
