@@ -166,6 +166,8 @@ def read_chunk(
             yield number, record
         except RecordError as error:
             yield number, BadRecord(chunk.path, number, str(error))
+        except RecursionError:
+            yield number, BadRecord(chunk.path, number, "is nested too deeply")
 
 
 def read_records(

@@ -347,17 +347,21 @@ def split_text(text: str, size: int) -> list[str]:
 
 
 def _encode_preferences(encoder: ChatEncoder, documents: list[Document]) -> None:
-    """Prompt, then what each answer adds to it: a conversation's ids begin with those of its beginning."""
+    """The ids that both conversations begin with, as far as they are the prompt's, and what each goes on with.
+
+    Where a template puts no control token between turns, the prompt's last ids may be others before an answer.
+    """
     tools = [d.record.get("tools") for d in documents]
     prompts = encoder.encode_many([d.record["messages"] for d in documents], tools=tools)
     answers = [
         encoder.encode_many([[*d.record["messages"], *d.record[key]] for d in documents], tools=tools)
         for key in ("chosen", "rejected")
     ]
-    for document, (prompt, prompt_codes), chosen, rejected in zip(documents, prompts, *answers, strict=True):
-        n = len(prompt)
-        document.ids = np.array(prompt + chosen[0][n:] + rejected[0][n:], dtype=np.uint32)
-        document.codes = np.array([0] * len(prompt_codes) + chosen[1][n:] + rejected[1][n:], dtype=np.uint8)
+    for document, (prompt, _), chosen, rejected in zip(documents, prompts, *answers, strict=True):
+        alike = (a == b == c for a, b, c in zip(prompt, chosen[0], rejected[0], strict=False))
+        n = next((i for i, same in enumerate(alike) if not same), min(len(prompt), len(chosen[0]), len(rejected[0])))
+        document.ids = np.array(prompt[:n] + chosen[0][n:] + rejected[0][n:], dtype=np.uint32)
+        document.codes = np.array([0] * n + chosen[1][n:] + rejected[1][n:], dtype=np.uint8)
         document.parts = (n, len(chosen[0]) - n, len(rejected[0]) - n)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt.errors import UserError
+from minigpt.observe.metrics import read_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -353,8 +354,7 @@ def _train(module: str, run: Path) -> Path:
 
 def _check_losses(run: Path) -> list[float]:
     """The losses of a run's steps, after checking that they are numbers and fall."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    losses: list[float] = [record["loss"] for record in records if record.get("kind") == "train"]
+    losses: list[float] = [record["loss"] for record in read_metrics(run) if record.get("kind") == "train"]
     _expect(all(map(math.isfinite, losses)), f"the loss is a number at all {len(losses)} steps")
     part = max(1, len(losses) // 10)
     first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
@@ -455,8 +455,7 @@ def _train_rl(stage: str, folder: Path, *arguments: str) -> Path:
 
 def _check_first_rl_step(run: Path) -> list[dict[str, Any]]:
     """The records of a run's steps, after checking what must be true before the first update."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    records = [record for record in lines if record.get("kind") == "train"]
+    records = [record for record in read_metrics(run) if record.get("kind") == "train"]
     first = records[0]
     _expect(
         first["sampler_gap_max"] < 1e-4,

@@ -124,7 +124,7 @@ def quickstart(options: QuickstartOptions) -> None:
     started = time.monotonic()
     folder = options.output
     if options.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+        _clear(folder)
     if (folder / "summary.json").exists():
         _show(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
         print(f"\n(this is the finished quickstart in {folder}; --overwrite runs it again)")
@@ -150,6 +150,20 @@ def quickstart(options: QuickstartOptions) -> None:
     }
     _write_report(folder, summary)
     _show(folder, summary)
+
+
+def _clear(folder: Path) -> None:
+    """Delete an earlier quickstart, and nothing else.
+
+    Errors: UserError for a folder with other things in it.
+    """
+    if not folder.exists():
+        return
+    ours = {"microworld", "data", "report", "report.md", "summary.json", *ROAD}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+    if others:
+        raise UserError(f"{folder} holds more than a quickstart ({others[0]}): give --output another folder")
+    shutil.rmtree(folder)
 
 
 def _choose(options: QuickstartOptions) -> tuple[Probe, str, Recipe]:

@@ -291,8 +291,8 @@ def test_verify_fails_when_reinforcement_was_not_what_it_should_be(number, stage
     last = {**good, "reward": 2.0, "reward_format": 1.0, "reward_model": 3.0}
     if stage == "ppo":
         first, last = {**first, "value_loss": 5.0}, {**last, "value_loss": 0.1}
-    lines = [json.dumps(record) for record in ({**first, **change}, last, last, last)]
-    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    lines = [{"step": i, **record} for i, record in enumerate(({**first, **change}, last, last, last), start=1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "summary.json").write_text(json.dumps({"stage": stage, "steps": 4, "loss": 0.0}))
     with pytest.raises(SystemExit) as ended:
         main(["verify", str(number), "--save_dir", str(tmp_path)])
@@ -300,18 +300,19 @@ def test_verify_fails_when_reinforcement_was_not_what_it_should_be(number, stage
     assert sentence in capsys.readouterr().err
 
 
-def test_verify_fails_when_a_run_is_not_what_it_should_be(tmp_path, capsys):
-    """A loss that rises is no pretraining."""
+@pytest.mark.parametrize(("last", "sentence"), [(9.5, "the loss falls"), ("nan", "the loss is a number")])
+def test_verify_fails_when_a_run_is_not_what_it_should_be(last, sentence, tmp_path, capsys):
+    """A loss that rises is no pretraining; one that is none is written as text."""
     run_folder = tmp_path / "out_test"
     run_folder.mkdir()
     summary = {"stage": "pretrain", "steps": 2, "loss": 9.5}
     (run_folder / "summary.json").write_text(json.dumps(summary))
-    lines = [json.dumps({"step": i + 1, "kind": "train", "loss": loss}) for i, loss in enumerate((8.76, 9.5))]
-    (run_folder / "metrics.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"step": i + 1, "kind": "train", "loss": loss}) for i, loss in enumerate((8.76, last))]
+    (run_folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     with pytest.raises(SystemExit) as ended:
         main(["verify", "4", "--save_dir", str(tmp_path)])
     assert ended.value.code == 1
-    assert "the loss falls" in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err
 
 
 def test_there_is_a_check_for_each_milestone():

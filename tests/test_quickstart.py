@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import pytest
+
 from minigpt import quickstart
 from minigpt.cli import main
 
@@ -17,6 +19,16 @@ SMALL = {
     "threads": 1,
     "tensorboard": False,
 }
+
+
+def test_overwrite_removes_a_quickstart_and_nothing_else(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "microworld").mkdir()
+    with pytest.raises(SystemExit):
+        main(["quickstart", "--output", str(tmp_path), "--overwrite"])
+    assert "holds more than a quickstart (thesis.txt): give --output another folder" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").exists()
+    assert (tmp_path / "microworld").exists()
 
 
 def test_it_goes_the_whole_road_once_and_shows_it_again(tmp_path, monkeypatch, capsys):

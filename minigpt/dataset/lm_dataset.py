@@ -148,7 +148,8 @@ class SFTDataset(Dataset):
     Args:
         path: JSON Lines file of conversations in any layout that `minigpt.dataset.records` knows.
         tokenizer: Anything that `ChatEncoder` takes.
-        max_length: Ids in a row; longer conversations are cut at the end and counted in `truncated`.
+        max_length: Ids in a row; longer conversations are cut at the end and counted in `truncated`. Those of which
+            nothing that the assistant says is left are left out and counted in `dropped`: their mean loss is 0 / 0.
     """
 
     tag_code = ANSWER
@@ -164,7 +165,7 @@ class SFTDataset(Dataset):
     ) -> None:
         _check_max_length(max_length)
         self.encoder = ChatEncoder(tokenizer)
-        self.truncated = 0
+        self.truncated = self.dropped = 0
         rows = self._conversations(path, max_length)
         self.rows = TokenRows(rows, (0.0, 1.0, tag_weight), max_length, self.encoder.pad_id)
 
@@ -176,6 +177,9 @@ class SFTDataset(Dataset):
                 tag_code=self.tag_code,
             )
             for ids, codes in encoded:
+                if not any(codes[1:max_length]):
+                    self.dropped += 1
+                    continue
                 self.truncated += len(ids) > max_length
                 yield ids[:max_length], codes[:max_length]
 
@@ -197,16 +201,20 @@ class DPODataset(Dataset):
     """Preference pairs: the same prompt with a chosen and a rejected answer, rendered and masked like `SFTDataset`.
 
     An item is a dict of `x_chosen`, `y_chosen`, `mask_chosen`, `x_rejected`, `y_rejected`, `mask_rejected`. Only the
-    answer is weighed: assistant turns inside the prompt are context.
+    answer is weighed: assistant turns inside the prompt are context. Pairs of which nothing of an answer, or no
+    difference between the two, is left within `max_length` are left out and counted in `dropped`.
     """
 
     def __init__(self, path: str | Path, tokenizer: "PreTrainedTokenizerFast", max_length: int = 512) -> None:
         _check_max_length(max_length)
         self.encoder = ChatEncoder(tokenizer)
         records = list(read_jsonl(path, "preference"))
+        chosen, rejected = (self._answers(records, side, max_length) for side in ("chosen", "rejected"))
+        kept = [pair for pair in zip(chosen, rejected, strict=True) if _differ(*pair)]
+        self.dropped = len(records) - len(kept)
         self.sides = {
-            side: TokenRows(self._answers(records, side, max_length), (0.0, 1.0), max_length, self.encoder.pad_id)
-            for side in ("chosen", "rejected")
+            side: TokenRows((pair[i] for pair in kept), (0.0, 1.0), max_length, self.encoder.pad_id)
+            for i, side in enumerate(("chosen", "rejected"))
         }
 
     def _answers(self, records: list[Record], side: str, max_length: int) -> Iterator[Tokens]:
@@ -225,6 +233,11 @@ class DPODataset(Dataset):
         for side, rows in self.sides.items():
             item[f"x_{side}"], item[f"y_{side}"], item[f"mask_{side}"] = rows[index]
         return item
+
+
+def _differ(chosen: Tokens, rejected: Tokens) -> bool:
+    """Whether both answers have something to judge, and not the same."""
+    return any(chosen[1][1:]) and any(rejected[1][1:]) and chosen[0] != rejected[0]
 
 
 class PromptDataset(Dataset):

@@ -420,8 +420,8 @@ def _text(value: Any, key: str) -> str:
 def _json(value: str, name: str) -> Any:
     try:
         return json.loads(value)
-    except ValueError:
-        raise RecordError(f"{name} is text that is not JSON") from None
+    except (ValueError, RecursionError):
+        raise RecordError(f"{name} is text that is not JSON, or nested too deeply") from None
 
 
 def _wrong_keys(raw: Record, stage: str) -> RecordError:

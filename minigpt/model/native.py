@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
@@ -24,7 +25,7 @@ HEADER = Path(__file__).with_name("vectors.h")  # what every source includes
 @functools.cache
 def load_native(source: Path) -> ctypes.CDLL | None:
     """The compiled file, compiled now if this machine has not done it yet; None where that is not possible."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None or os.environ.get("MINIGPT_NATIVE") == "0":
         return None
     code = (path.read_text(encoding="utf-8") for path in (source, HEADER))
@@ -32,13 +33,17 @@ def load_native(source: Path) -> ctypes.CDLL | None:
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     target = Path(cache_home) / "minigpt" / f"{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # other processes see a whole file or none
-                built = Path(folder) / "native.so"
-                command = [compiler, *FLAGS, str(source), "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
-                built.replace(target)
+        if target.exists():
+            with suppress(OSError):  # empty or no library: built once more
+                return ctypes.CDLL(str(target))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # other processes see a whole file or none
+            built = Path(folder) / "native.so"
+            command = [compiler, *FLAGS, str(source), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
+            with open(built, "rb") as file:
+                os.fsync(file.fileno())  # the loader crashes on half a library
+            built.replace(target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError):
         return None

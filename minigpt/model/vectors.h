@@ -82,9 +82,11 @@ static inline float greatest(vec v) {
     return most;
 }
 
-// e^x to about 1e-7 of its value: 2^n · e^r with |r| <= ln(2) / 2, as in Cephes; 0 below the normal numbers.
+// e^x to about 1e-7 of its value: 2^n · e^r with |r| <= ln(2) / 2, as in Cephes; 0 below the normal numbers, and e^88
+// above 88, the largest whose power of two is a float.
 static inline vec exp(vec x) {
     vec limited = x < -87.0f ? vec{} - 87.0f : x;
+    limited = limited > 88.0f ? vec{} + 88.0f : limited;
     vec n = (limited * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to a whole number
     vec r = limited - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = vec{} + 1.9875691500e-4f;

@@ -212,6 +212,35 @@ def test_preferences_keep_prompt_and_both_answers(tmp_path):
     assert verify(tmp_path / "out")
 
 
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}</s>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def test_pairs_of_a_template_without_control_tokens_between_turns_are_whole_conversations(tmp_path):
+    """The space behind the question is a token of its own in the prompt, and a part of the next word elsewhere."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    plain = json.loads((SHIPPED / "tokenizer.json").read_text())
+    end = next(token for token in plain["added_tokens"] if token["content"] == "<|endoftext|>")
+    end["content"] = "</s>"
+    plain["model"]["vocab"]["</s>"] = plain["model"]["vocab"].pop("<|endoftext|>", 0)
+    (folder / "tokenizer.json").write_text(json.dumps(plain))
+    config = {"eos_token": "</s>", "chat_template": PLAIN_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    question = [{"role": "user", "content": "Why?"}]
+    sides = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "So."), ("rejected", "No!"))}
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": question, **sides}])
+    pack(options("preference", source, tmp_path / "out", tokenizer=folder, valid_fraction=0))
+    (row,) = PackedDataset(tmp_path / "out", "train")
+    encoder = ChatEncoder(folder)
+    for side, answer in sides.items():
+        ((whole, codes),) = encoder.encode_many([[*question, *answer]])
+        assert [*row.prompt_ids, *getattr(row, f"{side}_ids")] == whole
+        assert ([0.0] * len(row.prompt_ids) + (getattr(row, f"{side}_weight") > 0).tolist()) == [c > 0 for c in codes]
+
+
 def test_prompts_keep_what_a_verifier_needs(tmp_path):
     records = [
         {

@@ -332,6 +332,17 @@ def test_parquet_conversations_lose_the_nulls_that_columns_force_on_them(tmp_pat
     assert found == [{"messages": [USER, THOUGHT]}, {"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER]}]
 
 
+def test_what_is_nested_too_deeply_is_one_bad_record(tmp_path: Path) -> None:
+    deep = {"role": "assistant", "content": "", "tool_calls": "[" * 100_000}
+    inside = {"messages": [USER, ANSWER], "meta": json.loads("[" * 900 + "]" * 900)}
+    lines = [{"messages": [USER, deep]}, {"messages": [USER, ANSWER]}, {"answer": "1", "prompt": "Q", **inside}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = [record for _, record in read_all(tmp_path / "a.jsonl", "sft")]
+    assert isinstance(found[0], BadRecord)
+    assert "nested too deeply" in str(found[0])
+    assert found[1] == {"messages": [USER, ANSWER]}
+
+
 @pytest.mark.parametrize("separator", ["\n\n", "\n", "\r\n\r\n", "。"])
 @pytest.mark.parametrize("chunk_bytes", [40_000, 4 << 20])
 def test_long_text_becomes_documents_that_add_up_to_it(separator: str, chunk_bytes: int, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_a_long_conversation_is_cut_and_counted(tmp_path: Path, tokenizer: PreTr
     path = write_jsonl(tmp_path / "s.jsonl", {"messages": CHAT}, {"messages": [*CHAT, *CHAT]})
     dataset = SFTDataset(path, tokenizer, max_length=16)
     assert dataset.truncated == 1
+    assert dataset.dropped == 0
     assert len(dataset) == 2
     assert dataset[1][0].shape == (15,)
     assert torch.equal(dataset[-1][0], dataset[1][0])
@@ -168,3 +169,26 @@ def test_real_conversations_have_something_to_learn(shared_data: Path, tokenizer
         _, y, mask = dataset[i]
         said = learned(tokenizer, y, mask)
         assert (records[i]["output"] + "<|im_end|>").startswith(said.rstrip("�"))
+
+
+def test_what_has_nothing_left_to_learn_within_the_limit_is_left_out(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Its mean loss would be 0 / 0, and the log-probability of an answer that is not there 0, the greatest there is."""
+    long = {"role": "user", "content": "word " * 60}
+    short, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}
+    path = write_jsonl(tmp_path / "s.jsonl", {"messages": [long, answer]}, {"messages": [short, answer]})
+    dataset = SFTDataset(path, tokenizer, max_length=32)
+    assert (len(dataset), dataset.dropped, dataset.truncated) == (1, 1, 0)
+    assert dataset[0][2].sum() > 0
+    other = {"role": "assistant", "content": "No."}
+    alike = [{"role": "assistant", "content": "word " * 60 + end} for end in ("a", "b")]
+    pairs = [
+        {"messages": [long], "chosen": [answer], "rejected": [other]},
+        {"messages": [short], "chosen": [answer], "rejected": [other]},
+        {"messages": [short], "chosen": [alike[0]], "rejected": [alike[1]]},
+    ]
+    preferences = DPODataset(write_jsonl(tmp_path / "d.jsonl", *pairs), tokenizer, max_length=32)
+    assert (len(preferences), preferences.dropped) == (1, 2)
+    item = preferences[0]
+    assert not torch.equal(item["x_chosen"], item["x_rejected"])

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+import minigpt
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.engine import Engine
 from minigpt.generation.native import NativeDecoder, draws_of, library
 from minigpt.generation.sampling import SamplingParams, SamplingTensors, sample, uniforms
 from minigpt.model.kv_cache import KVCache
 from minigpt.model.model_minigpt import MiniGPT
+from minigpt.model.native import load_native
 
 
 def decoded(model: MiniGPT, sequences: list[list[int]], native: bool, monkeypatch) -> torch.Tensor:
@@ -73,6 +75,37 @@ def test_decoding_is_what_the_model_says_without_a_cache(make_model, monkeypatch
             assert error <= 1e-4 * expected.abs().max()
         else:
             assert error <= 1.2 * (decoded(model, ids.tolist(), False, monkeypatch) - expected).abs().max()
+
+
+@pytest.mark.parametrize("size", [100.0, 177.4, 300.0, 3000.0])
+def test_gates_far_beyond_what_an_exponential_can_hold_are_computed_as_in_torch(make_model, monkeypatch, size):
+    """e^x of a large x is no float: its sign and size must not come from the bits of an overflow."""
+    model = make_model().float()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            largest = 0.0
+            for _ in range(2):  # gates reach about `size` in both directions
+                hidden = torch.randn(64, model.config.hidden_size)
+                largest = max(largest, layer.mlp.gate_proj(hidden / hidden.pow(2).mean(-1, True).sqrt()).abs().max())
+            layer.mlp.gate_proj.weight.mul_(size / largest)
+    ids = torch.randint(0, model.config.vocab_size, (5, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits[:, 2:]
+    error = (decoded(model, ids.tolist(), True, monkeypatch) - expected).abs().max()
+    assert error <= 1e-3 * expected.abs().max()
+
+
+def test_a_library_that_was_damaged_on_disk_is_built_once_more(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "good"))
+    build, source = load_native.__wrapped__, Path(minigpt.__file__).parent / "model" / "cross_entropy.cpp"
+    assert build(source) is not None
+    (good,) = (tmp_path / "good" / "minigpt").glob("*.so")
+    library = tmp_path / "bad" / "minigpt" / good.name  # elsewhere: this process has loaded the good one
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"")  # as a power cut leaves it
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "bad"))
+    assert build(source) is not None
+    assert library.stat().st_size == good.stat().st_size
 
 
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(make_model):
