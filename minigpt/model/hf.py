@@ -394,7 +394,8 @@ def refuse_links_out(path: Path) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises ValueError where the tokenizer of a folder (if there is one) asks for code, or is not byte-level BPE.
+    """Raises ValueError where the tokenizer of a folder (if there is one) asks for code, or is not byte-level BPE;
+    FileNotFoundError where its configuration is missing.
 
     Others, such as SentencePiece's, join a text with its neighbours, so that segments could not be encoded one by one.
     """
@@ -406,6 +407,8 @@ def check_tokenizer(folder: Path) -> None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
+    if not (folder / "tokenizer_config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'tokenizer_config.json'}: no such file; take the whole folder of a model")
     tokenizer = _read_json(path)
     kind = (tokenizer.get("model") or {}).get("type")
     if kind != "BPE" or '"ByteLevel"' not in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]):

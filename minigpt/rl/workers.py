@@ -230,6 +230,7 @@ class TrainedWorker(Worker):
     def _make_engine(self, network: Any, loss: Callable[..., Any], processes: Processes, rate: float) -> None:
         o = self.job.options
         self.network = network
+        self.trained_layout = trained_layout(network)  # now: ZeRO stage 3 will take the shapes apart
         self.engine = Engine(
             StageModule(network, loss),
             processes,
@@ -256,7 +257,7 @@ class TrainedWorker(Worker):
             "rows": self._rows,
             "device": str(self.device),
             "frozen_hash": self.engine.frozen_hash,
-            "trained_layout": trained_layout(self.network),
+            "trained_layout": self.trained_layout,
         }
 
     def sleep(self) -> None:

@@ -126,6 +126,7 @@ class Trainer:
         dtype = compute_dtype(options, self.processes.device)
         tokens = self.total_steps * options.global_batch_size * self.data.seq_len / self.processes.world_size
         trained = {name: p.shape for name, p in self.network.named_parameters() if p.requires_grad}
+        self.trained_layout = trained_layout(self.network)  # now: ZeRO stage 3 will take the shapes apart
         frozen = any(not p.requires_grad for p in self.network.parameters())
         self.adapter_weights = sum(shape.numel() for shape in trained.values()) if frozen else None
         run_flops = self._flops(tokens=tokens, labels=tokens, attention_pairs=0)
@@ -353,7 +354,7 @@ class Trainer:
             "zero_stage": self.engine.zero_stage,
             "precision": str(self.engine.dtype).removeprefix("torch."),
             "optimizer": self.engine.optimizer_name,
-            "trained_layout": trained_layout(self.network),
+            "trained_layout": self.trained_layout,
             "frozen_hash": self.engine.frozen_hash,
             "reference_hash": self.stage.reference_hash,
         }
