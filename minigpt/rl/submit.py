@@ -198,6 +198,13 @@ async def _print_log(client: JobSubmissionClient, job: str) -> None:
         print(lines, end="", flush=True)
 
 
+def _leave(status: int) -> None:
+    """End now: at Ctrl-C a thread still reads the log, which Python could wait for or stumble over at its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     from minigpt.cli import run_command
 
@@ -206,4 +213,4 @@ if __name__ == "__main__":
     if end == len(arguments) and not any(a.startswith(("-h", "--h", "--follow", "--stop")) for a in arguments):
         sys.exit(f"error: write -- before the command: {PROGRAM} --address http://HEAD:8265 -- minigpt train grpo …")
     command = arguments[end + 1 :]
-    run_command(lambda options: sys.exit(submit(options, command)), SubmitOptions, arguments[:end], PROGRAM)
+    run_command(lambda options: _leave(submit(options, command)), SubmitOptions, arguments[:end], PROGRAM)
