@@ -73,6 +73,18 @@ def wait_for_words(page: Page, count: int) -> None:
     )
 
 
+def keep(page: Page, kept: dict) -> None:
+    """What the browser holds when the page is opened next."""
+    page.evaluate("kept => localStorage.setItem('minigpt.chat.v1', JSON.stringify(kept))", kept)
+
+
+def expect_forgetful_answer(page: Page, number: int) -> None:
+    """An answer, as number `number`, that was given without the oldest turns, and says so."""
+    page.wait_for_function("n => document.querySelectorAll('.assistant .text')[n]?.textContent.length > 20", arg=number)
+    page.keyboard.press("Escape")
+    expect(page.locator(".stats").last).to_contain_text("oldest turns are no longer seen")
+
+
 def is_free(server) -> bool:
     """Whether nothing is made any longer, within twenty looks."""
     return wait_until(lambda: server.metric("minigpt_sequences_in_flight") == 0, tries=20)
@@ -178,14 +190,12 @@ def test_what_is_set_is_asked_for(page):
 def test_a_conversation_that_outgrew_the_context_goes_on_without_its_oldest_turns(page):
     old = [{"role": "user", "content": "word " * 40_000}, {"role": "assistant", "content": "yes"}]
     kept = {"conversations": [{"id": "1", "title": "long", "messages": old}]}
-    page.evaluate("kept => localStorage.setItem('minigpt.chat.v1', JSON.stringify(kept))", kept)
+    keep(page, kept)
     with page.expect_response(lambda r: r.status == 400):
         page.reload()
         page.locator("#conversations button").first.click()
         say(page, "Count.")
-    page.wait_for_function("() => document.querySelectorAll('.assistant .text')[1]?.textContent.length > 20")
-    page.keyboard.press("Escape")
-    expect(page.locator(".stats").last).to_contain_text("oldest turns are no longer seen")
+    expect_forgetful_answer(page, 1)
 
 
 def test_an_answer_gets_room_though_the_conversation_nearly_fills_the_context(page):
@@ -193,13 +203,11 @@ def test_an_answer_gets_room_though_the_conversation_nearly_fills_the_context(pa
     kept = {"conversations": [{"id": "1", "title": "long", "messages": [question, answer] * 2}]}
     asked = []
     page.on("request", lambda r: asked.append(len(json.loads(r.post_data)["messages"])) if r.method == "POST" else None)
-    page.evaluate("kept => localStorage.setItem('minigpt.chat.v1', JSON.stringify(kept))", kept)
+    keep(page, kept)
     page.reload()
     page.locator("#conversations button").first.click()
     say(page, "Count.")
-    page.wait_for_function("() => document.querySelectorAll('.assistant .text')[2]?.textContent.length > 20")
-    page.keyboard.press("Escape")
-    expect(page.locator(".stats").last).to_contain_text("oldest turns are no longer seen")
+    expect_forgetful_answer(page, 2)
     assert asked == [5, 3]
 
 
@@ -232,7 +240,7 @@ def test_what_has_come_of_an_answer_survives_a_reload(page, server):
 
 def test_a_limit_set_for_a_model_with_a_longer_context_is_no_error(page):
     kept = {"conversations": [], "settings": {"max_tokens": 1_000_000}}
-    page.evaluate("kept => localStorage.setItem('minigpt.chat.v1', JSON.stringify(kept))", kept)
+    keep(page, kept)
     page.reload()
     expect(page.locator("#size")).to_contain_text("M")
     with page.expect_request(lambda r: r.method == "POST") as asked:
