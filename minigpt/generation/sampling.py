@@ -22,6 +22,7 @@ import torch.nn.functional as F
 NUCLEUS_CANDIDATES = 64  # a nucleus is looked for among so many best tokens before the whole vocabulary is sorted
 SPARE = 14  # tokens looked at behind the last one that counts, which may be equal to it
 LEAST_TEMPERATURE = 1e-5
+PENALTIES = (0.01, 100.0)  # what lies far outside is 0 or infinite as a float32
 MOST_CANDIDATES = 256  # a top-k up to this is sampled from a sorted list of so many tokens
 COLUMN = 8  # tokens of which the best is looked for first
 BLOCK = 64  # tokens whose probabilities are summed up before one of them is chosen
@@ -39,7 +40,7 @@ class SamplingParams:
         top_p: Keep the most probable tokens until their probabilities reach this sum (nucleus, arXiv:1904.09751).
         min_p: Keep tokens at least this fraction as probable as the most probable one (arXiv:2407.01082).
         repetition_penalty: Logits of tokens that already occurred are divided (if > 0) or multiplied (if < 0) by it
-            (CTRL, arXiv:1909.05858); 1 does nothing.
+            (CTRL, arXiv:1909.05858); 1 does nothing. From 0.01 to 100.
         stop_token_ids: A sequence ends with the first of these.
         stop: A sequence ends when its text contains one of these strings, which are cut off the text.
         seed: Of the random streams. Sequence i draws from stream (seed, i).
@@ -62,13 +63,14 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if 0 < self.temperature < LEAST_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
+        low, high = PENALTIES
         for name, valid, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0.0 <= self.temperature < math.inf, "0 (greedy) or greater"),
             ("top_k", self.top_k >= 0, "0 (off) or greater"),
             ("top_p", 0.0 < self.top_p <= 1.0, "greater than 0 and at most 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "greater than 0"),
+            ("repetition_penalty", low <= self.repetition_penalty <= high, f"between {low:g} and {high:g}"),
             ("seed", 0 <= self.seed < 2**64, "between 0 and 2^64 - 1"),
             ("stop", all(self.stop), "strings that are not empty"),
             ("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "finite numbers"),
@@ -351,6 +353,9 @@ def sample(
 ) -> Draw:
     """Samples the next token of every row.
 
+    A network that has diverged gets a token as well: a logit that is NaN counts as -inf, and a row whose greatest one
+    is infinite (at its temperature) draws token 0, with NaN as its log-probabilities.
+
     Args:
         logits_BV: of the model, any float dtype.
         params: the rows' settings.
@@ -359,8 +364,10 @@ def sample(
         bias_BV: float32, added to the logits behind the penalty.
         log_probs: also return the log-probabilities.
     """
-    logits_BV = logits_BV.float()
+    logits_BV = torch.nan_to_num(logits_BV.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     chosen_from = adjust(logits_BV, params, seen_BV, bias_BV)
+    lost_B1 = ~(chosen_from.amax(1, keepdim=True) / params.temperature).isfinite()
+    chosen_from, lost_B = chosen_from.masked_fill(lost_B1, 0.0), lost_B1[:, 0]
     if params.all_greedy:
         ids, behaviour = chosen_from.argmax(1), torch.zeros(len(logits_BV), device=logits_BV.device)
     else:
@@ -369,10 +376,11 @@ def sample(
         if params.any_greedy:
             ids = torch.where(params.greedy, chosen_from.argmax(1), ids)
             behaviour = behaviour.masked_fill(params.greedy, 0.0)
+    ids = ids.masked_fill(lost_B, 0)
     if not log_probs:
         return Draw(ids)
     tempered = logits_BV if params.all_greedy else logits_BV / params.temperature
-    return Draw(ids, _log_prob(tempered, ids), behaviour)
+    return Draw(ids, *(x.masked_fill(lost_B, math.nan) for x in (_log_prob(tempered, ids), behaviour)))
 
 
 def _draw_filtered(

@@ -267,10 +267,10 @@ class Envelope:
         texts = [self._text(token.id) for token in drawn]
         return {
             "tokens": texts,
-            "token_logprobs": [token.log_prob for token in drawn],
+            "token_logprobs": [_finite(token.log_prob) for token in drawn],
             # two tokens may be halves of characters and have the same text: the more probable one is told
             "top_logprobs": [
-                {self._text(i): log_prob for i, log_prob in [(token.id, token.log_prob), *reversed(token.top)]}
+                {self._text(i): _finite(log_prob) for i, log_prob in [(token.id, token.log_prob), *reversed(token.top)]}
                 for token in drawn
             ],
             "text_offset": [token.offset for token in drawn],
@@ -278,10 +278,15 @@ class Envelope:
 
     def _listed(self, token_id: int, log_prob: float) -> dict[str, Any]:
         text = self._text(token_id)
-        return {"token": text, "logprob": log_prob, "bytes": token_bytes(self._encoder, token_id, text)}
+        return {"token": text, "logprob": _finite(log_prob), "bytes": token_bytes(self._encoder, token_id, text)}
 
     def _text(self, token_id: int) -> str:
         return self._encoder.decode([token_id], skip_special_tokens=False)
+
+
+def _finite(log_prob: float) -> float:
+    """-9999, as OpenAI has it, for NaN and -infinity: they come of a network that has diverged, and are no JSON."""
+    return max(-9999.0, log_prob)  # in this order: a comparison with NaN keeps the first
 
 
 def event(record: dict[str, Any]) -> bytes:

@@ -1,6 +1,7 @@
 """Sampled frequencies against the exact distribution of each filter, computed the plain way, and the random streams."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,6 +171,8 @@ def test_streams_are_addressable_uniform_and_independent():
         {"top_k": -1},
         {"min_p": 2},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-300},
+        {"repetition_penalty": 1e300},
         {"max_new_tokens": 0},
         {"seed": -1},
         {"stop": ("",)},
@@ -235,6 +238,43 @@ def test_equal_logits_at_the_border_can_all_be_drawn_also_more_than_were_looked_
     numbers = torch.from_numpy(uniforms(7, 0, 0, 4000))
     drawn = sample(logits.expand(4000, -1), params, numbers)
     assert set(drawn.ids.tolist()) == set(range(40))
+
+
+@pytest.mark.parametrize("vocab_size", [97, 3200])
+@pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf, 3e38])
+def test_a_network_that_has_diverged_gives_a_token_of_the_vocabulary(logit, vocab_size):
+    """3e38 is finite but its quotient by a temperature is not. Batch mates draw what they draw without it."""
+    params = [*MIXED.values(), SamplingParams(top_p=0.7, temperature=0.5), SamplingParams(temperature=0.0)]
+    if logit == 3e38:
+        params = [replace(p, temperature=0.5) for p in params]
+    torch.manual_seed(0)
+    sound = torch.randn(len(params), vocab_size) * 3
+    numbers = torch.from_numpy(uniforms(5, 0, 0, 2 * len(params)))
+    broken = torch.full_like(sound, logit)
+    broken[:, 1::2] = sound[:, 1::2] if logit == math.inf else broken[:, 1::2]
+    settings = SamplingTensors.of(params * 2, vocab_size, "cpu")
+    drawn = sample(torch.cat((broken, sound)), settings, numbers, log_probs=True)
+    expected = sample(torch.cat((sound, sound)), settings, numbers, log_probs=True)
+    count = len(params)
+    assert ((drawn.ids >= 0) & (drawn.ids < vocab_size)).all()
+    assert drawn.log_probs[:count].isnan().all()
+    assert drawn.behaviour_log_probs[:count].isnan().all()
+    assert torch.equal(drawn.ids[count:], expected.ids[count:])
+    assert torch.equal(drawn.log_probs[count:], expected.log_probs[count:])
+    assert torch.equal(drawn.behaviour_log_probs[count:], expected.behaviour_log_probs[count:])
+    assert sample(broken, SamplingTensors.of(params, vocab_size, "cpu"), numbers[:count]).ids.tolist() == [0] * count
+
+
+@pytest.mark.parametrize("p", [*MIXED.values(), SamplingParams(temperature=0.0)], ids=[*MIXED, "greedy"])
+def test_a_token_without_a_number_is_never_drawn(p):
+    torch.manual_seed(0)
+    logits = (torch.randn(1, 97) * 3).expand(500, -1).clone()
+    without = logits.clone()
+    logits[:, ::3], without[:, ::3] = math.nan, -math.inf
+    settings, numbers = SamplingTensors.of([p] * 500, 97, "cpu"), torch.from_numpy(uniforms(5, 0, 0, 500))
+    drawn, expected = (sample(x, settings, numbers) for x in (logits, without))
+    assert torch.equal(drawn.ids, expected.ids)
+    assert (drawn.ids % 3 > 0).all()
 
 
 def test_logit_bias_adds_to_logits_and_leaves_the_models_own_log_probs():

@@ -41,7 +41,7 @@ def malformed() -> list[tuple[str, bytes]]:
         "top_p": [0, 1.5, -1, "1"],
         "top_k": [-2, 1.5, "5", 10**9],
         "min_p": [-0.1, 2],
-        "repetition_penalty": [0, -1, 100],
+        "repetition_penalty": [0, -1, 100, 1e-300, 0.009],
         "n": [0, -1, 9, 10**9, 1.5, "2", True],
         "max_tokens": [0, -5, CONTEXT + 1, 10**30, "7", 2.5],
         "max_completion_tokens": [0, CONTEXT + 1],
