@@ -147,6 +147,7 @@ class Trainer:
         )
         self.network.model.gradient_checkpointing = options.gradient_checkpointing
         self.stage.before_training(self)
+        run.clear()  # now: nothing is left that could be found wrong
         self._resume()
         p = self.progress
         judged = p.validated_step == p.step
@@ -155,6 +156,7 @@ class Trainer:
             with GracefulStop() as stop:
                 self._steps(stop)
                 self.save()  # first: a validation may fail, or be interrupted
+                self._leave_if_asked(stop)
                 if self.progress.validated_step != self.progress.step:
                     self.validate()
         finally:
@@ -205,9 +207,17 @@ class Trainer:
         batches = _prefetch(self._step_batches(), self.tensors, self.stage.statistics)
         nan_steps = 0
         started = time.monotonic()
-        while progress.step < self.total_steps and not self.goal_reached:
+        while progress.step < self.total_steps:
             micro_batches, local = next(batches)
+            # Before the clock: it waits for the device. All ranks stop together, also if only one was asked
             stop_asked, weight, tokens, labels, pairs = self.engine.sum_over_ranks([float(stop.asked), *local])
+            if stop_asked:
+                self._leave(stop)
+            if self._validation_is_due():
+                self.validate()
+                if self.goal_reached:
+                    break
+                started = time.monotonic()
             scale = 1.0 / weight if weight else 0.0
             sums = torch.zeros(1 + len(self.stage.metrics), device=self.processes.device)
             for batch in micro_batches:
@@ -219,29 +229,37 @@ class Trainer:
             progress.tokens += int(tokens)
             nan_steps = 0 if result.applied else nan_steps + 1
             progress.skipped_steps += not result.applied
-            if progress.step % options.log_interval == 0 or progress.step in (1, self.total_steps):
+            logs = progress.step % options.log_interval == 0 or progress.step in (1, self.total_steps)
+            if logs:
                 progress.last_loss, *metrics = (x * scale for x in self.engine.sum_over_ranks(sums.tolist()))
             seconds = time.monotonic() - started
             started += seconds
             progress.seconds += seconds
             flops = self._flops(tokens=tokens, labels=labels, attention_pairs=pairs)
             self.speed.add(tokens, flops, seconds)
-            if progress.step % options.log_interval == 0 or progress.step in (1, self.total_steps):
+            if logs:
                 named = dict(zip(self.stage.metrics, metrics, strict=True))
                 self._log(rate, result.grad_norm, tokens / seconds, flops / seconds, named)
             if nan_steps >= options.max_nan_steps:
                 self._abort_on_nan(nan_steps)
-            if options.eval_interval and progress.step % options.eval_interval == 0 < self.total_steps - progress.step:
-                self.validate()
-                started = time.monotonic()
             if options.save_interval and progress.step % options.save_interval == 0 < self.total_steps - progress.step:
                 self.save()
                 started = time.monotonic()
-            if stop_asked and progress.step < self.total_steps:
-                self.save()
-                again = self.run_folder.same_command
-                self.run_folder.say(f"stopped at step {progress.step}; {again} goes on from here")
-                raise SystemExit(128 + (stop.signal_number or signal.SIGTERM))  # or another rank was asked
+
+    def _validation_is_due(self) -> bool:
+        """Between two steps; also where a run goes on that was stopped just before it."""
+        step, interval = self.progress.step, self.options.eval_interval
+        return bool(interval) and step > 0 and step % interval == 0 and self.progress.validated_step != step
+
+    def _leave_if_asked(self, stop: GracefulStop) -> None:
+        if any(self.engine.sum_over_ranks([float(stop.asked)])):
+            self._leave(stop)
+
+    def _leave(self, stop: GracefulStop) -> None:
+        self.save()
+        again = self.run_folder.same_command
+        self.run_folder.say(f"stopped at step {self.progress.step}; {again} goes on from here")
+        raise SystemExit(128 + (stop.signal_number or signal.SIGTERM))  # or another rank was asked
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(

@@ -28,13 +28,16 @@ OURS = (
     *("adapter", "eval"),  # of LoRA, and what other commands found about the weights
 )
 
-# Options that may differ when a run goes on: they change how fast or how far it runs, not what it computes.
+SIGNS = (SUMMARY, "metrics.jsonl", "checkpoints")  # one of which every run has from its first step on
+
+# Options that may differ when a run goes on: they change how fast or how far it runs, not what a step computes.
 FREE_TO_CHANGE = {
     "save_dir", "data", "resume", "overwrite", "threads", "log_interval", "tensorboard", "recipe",
     "save_interval", "keep_checkpoints", "eval_interval", "eval_rows", "eval_tasks", "eval_limit",
     "eval_thinking", "stop_when",
-    "export_dtype", "micro_batch_size", "max_steps", "epochs",
+    "export_dtype", "micro_batch_size",
 }  # fmt: skip
+LENGTH = {"max_steps", "epochs"}  # free as well, unless the learning rate's schedule is as long as the run
 
 
 class Run:
@@ -46,6 +49,7 @@ class Run:
         self.first = processes.rank == 0
         self.peak = Peak(math.nan, "not measured")
         self._logger: RunLogger | None = None
+        self._cleared = False
 
     def say(self, text: str) -> None:
         """A sentence for the person who watches."""
@@ -83,23 +87,43 @@ class Run:
         return summary
 
     def open(self) -> None:
-        """Make the folder, or empty it of an earlier run when asked to."""
-        if self.first:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--save_dir {self.folder} cannot be made ({error.strerror})") from error
-            if self.options.overwrite:
-                self._clear()
+        """Make the folder.
+
+        Errors: UserError when it cannot be made, or what is in it should not be overwritten.
+        """
+        if not self.first:
+            return
+        if self.options.overwrite:
+            self._check_overwrite()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save_dir {self.folder} cannot be made ({error.strerror})") from error
+
+    def _check_overwrite(self) -> None:
+        init = None if self.options.init is None else self.options.init.resolve()
+        if init is not None and init.is_relative_to(self.folder.resolve()):
+            raise UserError("--overwrite would delete the weights that --init names; give another --save_dir")
+        if any(path.exists() for path in self._ours()) and not any((self.folder / name).exists() for name in SIGNS):
+            raise UserError(
+                f"{self.folder} holds no run that --overwrite could replace, and --overwrite would delete files there; "
+                "give another --save_dir"
+            )
+
+    def _ours(self) -> list[Path]:
+        return [*(self.folder / name for name in OURS), *self.folder.glob("*.pth")]
+
+    def clear(self) -> None:
+        """Empty the folder of an earlier run if that was asked for, once; the last thing before anything is written."""
+        if self.first and self.options.overwrite and not self._cleared:
+            for path in self._ours():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        self._cleared = True
         if self.processes.world_size > 1:
             torch.distributed.barrier()
-
-    def _clear(self) -> None:
-        for path in [*(self.folder / name for name in OURS), *self.folder.glob("*.pth")]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
     def identity(self, data: PackedDataset, network: Any) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued, and what it was made with."""
@@ -153,9 +177,11 @@ class Run:
                 f"give the --init that it was made with, or {remedy}"
             )
         changed = {k: (state["options"].get(k), v) for k, v in now["options"].items() if state["options"].get(k) != v}
+        scheduled = self.options.schedule != "constant" or self.options.warmup_ratio > 0
         for key, (old, new) in changed.items():
-            if key not in FREE_TO_CHANGE:
-                self.say(f"--{key} was {old} before the interruption and is {new} now; going on with {new}")
+            if key not in FREE_TO_CHANGE and (key not in LENGTH or scheduled):
+                follows = "; the learning rate follows the new length" if key in LENGTH else ""
+                self.say(f"--{key} was {old} before the interruption and is {new} now; going on with {new}{follows}")
 
     def start(
         self,

@@ -157,7 +157,7 @@ def _pack_into(folder: Path, stage: Stage, options: TrainOptions, valid_fraction
     try:
         manifest = pack(job)
     except OtherDatasetError:
-        if options.resume != "never" and list_checkpoints(Path(options.save_dir)):
+        if options.resume != "never" and not options.overwrite and list_checkpoints(Path(options.save_dir)):
             raise UserError(
                 f"{folder} was packed from other files or options than those given now, and there are checkpoints that "
                 f"were trained on it: --data {folder} goes on with them, --overwrite starts anew"

@@ -14,6 +14,7 @@ from small_run import SMALL, assert_same_weights, metrics, weights
 
 from minigpt.dataset.shards import PackedDataset
 from minigpt.trainer.checkpoint import list_checkpoints, verify
+from minigpt.trainer.run import Run
 
 STEPS = 8
 SAVE_ALL = ("--max_steps", STEPS, "--save_interval", 1, "--keep_checkpoints", STEPS)
@@ -237,3 +238,38 @@ def test_a_signal_saves_and_ends_the_run_which_then_goes_on_to_the_same_end(numb
     train("pretrain", *options, "--save_dir", stopped)
     assert learnt(stopped) == learnt(whole)
     assert_same_weights(stopped, whole)
+
+
+@pytest.mark.parametrize("step", [2, 4, STEPS], ids=["plain", "before a validation", "last"])
+def test_a_signal_ends_the_run_after_the_very_step_that_it_came_in(step, packed, tmp_path, train, minigpt, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ("--data", packed, "--max_steps", STEPS, "--eval_interval", 4, "--log_interval", 1)
+    train("pretrain", *options, "--save_dir", whole)
+    log = Run.log
+
+    def log_and_be_stopped(self: Run, number: int, record: dict) -> None:
+        log(self, number, record)
+        if number == step and record["kind"] == "train":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "log", log_and_be_stopped)
+        ended = minigpt("train", "pretrain", *SMALL, *options, "--save_dir", stopped)
+    assert ended.status == 128 + signal.SIGTERM
+    (checkpoint,) = list_checkpoints(stopped)
+    assert verify(checkpoint)["step"] == step
+    assert not any(record["kind"] == "valid" for record in metrics(stopped)[step:]), "it was asked to end"
+    train("pretrain", *options, "--save_dir", stopped)
+    assert learnt(stopped) == learnt(whole)
+    assert_same_weights(stopped, whole)
+
+
+def test_another_length_of_a_run_that_goes_on_is_said_where_the_learning_rate_follows_it(packed, tmp_path, train):
+    for schedule, said in (("cosine", True), ("constant", False)):
+        whole = tmp_path / schedule
+        options = ("--data", packed, *SAVE_ALL, "--schedule", schedule, "--warmup_ratio", 0)
+        train("pretrain", *options, "--save_dir", whole)
+        again = as_it_was_at(4, whole, tmp_path / f"{schedule}, longer")
+        out = train("pretrain", *options, "--save_dir", again, "--max_steps", 20)
+        assert ("--max_steps was 8 before the interruption and is 20 now" in out) == said
+        assert ("the learning rate follows the new length" in out) == said
