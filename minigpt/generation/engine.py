@@ -228,6 +228,7 @@ class Engine:
         self._cache = self._new_cache(1)
         self._sampling: SamplingTensors | None = None  # of the used rows; None: to be made again
         self._draws = draws_of([], 1)  # the same for `native.py`
+        self._biased = False  # whether a used row has a bias
         self._bias_BV: torch.Tensor | None = None
         self._seen_BV: torch.Tensor | None = None
 
@@ -387,6 +388,8 @@ class Engine:
         if self._native is not None:
             self._native.refresh()
         self._prefix.clear()
+        with torch.inference_mode():
+            self._cache.kv.zero_()  # a weight of 0 does not make NaN of broken weights unseen
         for sequence in (*self._rows, *self._waiting):
             if sequence is not None:
                 sequence.in_cache, sequence.decoding, sequence.request._read = 0, False, None
@@ -411,8 +414,8 @@ class Engine:
 
     def wake(self) -> None:
         """Makes what `sleep` gave back; the cache is as long as it was, so that products keep their shapes."""
-        self._cache = self._new_cache(self._cache.max_length)
         self.refresh()
+        self._cache = self._new_cache(self._cache.max_length)
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -694,7 +697,8 @@ class Engine:
         rows = self._rows[: self._used]
         wanted = any(s is not None and s.request._wants_log_probs for s in rows)
         ids, log_probs, behaviour = self._draw(logits_BV, chosen, wanted)
-        if self._seen_BV is not None:
+        assert self._sampling is not None
+        if self._seen_BV is not None and self._sampling.repetition_penalty is not None:
             drawn_rows = [row for row in range(self._used) if chosen[row]]
             self._seen_BV[drawn_rows, [ids[row] for row in drawn_rows]] = True
         finished: list[Request] = []
@@ -723,8 +727,9 @@ class Engine:
             params = [IDLE if s is None else s.request.params for s in rows]
             self._sampling = SamplingTensors.of(params, logits_BV.shape[1], self.device)
             self._draws = draws_of(params, logits_BV.shape[1])
+            self._biased = any(p.logit_bias for p in params)
         seen_BV = None if self._seen_BV is None else self._seen_BV[: self._used]
-        bias_BV = None if self._bias_BV is None else self._bias_BV[: self._used]
+        bias_BV = self._bias_BV[: self._used] if self._biased and self._bias_BV is not None else None
         numbers = None
         if not self._sampling.all_greedy:
             numbers = [s.next_uniform() if s is not None and c else 0.0 for s, c in zip(rows, chosen, strict=True)]

@@ -6,6 +6,8 @@ import families
 import pytest
 import torch
 
+from minigpt.generation import engine as engine_module
+from minigpt.generation import sampling
 from minigpt.generation.engine import Engine, Request, generate
 from minigpt.generation.sampling import SamplingParams
 from minigpt.model.model_lora import apply_lora
@@ -307,6 +309,26 @@ def test_new_weights_between_two_tokens_make_all_that_older_ones_computed_unreac
     assert later.completions[0].ids == greedy(new, [*shared, 1, 2], 20)
 
 
+def test_good_weights_behind_broken_ones_find_nothing_of_them_in_the_cache(make_model, computed_by):
+    """NaN keys and values of a diverged policy must not reach who gets the slots later, not even times a weight of 0."""
+    model, prompts = make_model(), prompts_of([5, 9, 30])
+    good = {name: p.detach().clone() for name, p in model.named_parameters()}
+    params = SamplingParams(max_new_tokens=40, temperature=0.8, seed=3)
+    expected = [c.ids for c in generate(model, prompts, params)]
+    engine = Engine(model, slots=3)
+    engine.load_weights({name: torch.full_like(p, torch.nan) for name, p in good.items()})
+    doomed = [engine.submit(prompt, SamplingParams(max_new_tokens=200)) for prompt in prompts_of([100, 100, 100])]
+    for _ in range(50):  # also behind the place where the cache grows
+        engine.step()
+    assert not engine._cache.kv.isfinite().all(), "the case is too easy"
+    for request in doomed:
+        engine.cancel(request)
+    engine.load_weights(good)
+    requests = [engine.submit(prompt, params, sequence_ids=[i]) for i, prompt in enumerate(prompts)]
+    run(engine)
+    assert [request.completions[0].ids for request in requests] == expected
+
+
 def test_weights_that_do_not_fit_are_refused_before_anything_changes(model):
     engine = Engine(model, slots=1)
     good = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -386,6 +408,39 @@ def test_logit_bias_forbids_and_forces_tokens_of_its_own_row(model, computed_by)
     run(engine)
     assert forced.completions[0].ids == [11] * 8
     assert [r.completions[0].ids for r in (plain, *again)] == [free] * 3
+
+
+def test_a_bias_and_a_penalty_cost_nothing_once_their_requests_have_left(model, computed_by, monkeypatch):
+    """The samplers get no bias, and the very logits of the model, as soon as no row in use has either."""
+    engine, adjusted = Engine(model, slots=2), []
+
+    def adjust(logits_BV, params, seen_BV, bias_BV):
+        result = sampling.adjust(logits_BV, params, seen_BV, bias_BV)
+        adjusted.append(result is not logits_BV)
+        return result
+
+    def sample(logits_BV, params, uniforms_B, seen_BV, bias_BV, *, log_probs):
+        adjusted.append(params.repetition_penalty is not None or bias_BV is not None)
+        return sampling.sample(logits_BV, params, uniforms_B, seen_BV, bias_BV, log_probs=log_probs)
+
+    monkeypatch.setattr(engine_module, "adjust", adjust)
+    monkeypatch.setattr(engine_module, "sample", sample)
+    plain, prompts = SamplingParams(max_new_tokens=8, seed=1), prompts_of([6, 7])
+    free = [engine.submit(prompt, plain) for prompt in prompts]
+    run(engine)
+    assert adjusted == [False] * 8
+    for special in ({"logit_bias": {5: 1.0}}, {"repetition_penalty": 1.3}):
+        adjusted.clear()
+        engine.submit(prompts[0], SamplingParams(max_new_tokens=3, **special))
+        beside = engine.submit(prompts[1], plain)
+        run(engine)
+        assert adjusted == [True] * 3 + [False] * 5
+        assert beside.completions[0].ids == free[1].completions[0].ids
+    adjusted.clear()
+    once_more = engine.submit(prompts[0], SamplingParams(max_new_tokens=8, temperature=0, logit_bias={11: 1000.0}))
+    run(engine)
+    assert adjusted == [True] * 8
+    assert once_more.completions[0].ids == [11] * 8
 
 
 @pytest.mark.parametrize(
