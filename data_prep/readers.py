@@ -28,6 +28,8 @@ NOT_DATA = {"readme", "license", "licence", "data_license", "copying", "notice",
 WORK = ".packing"  # within a folder that a dataset is being packed into
 CHUNK_BYTES = 4 << 20
 MAX_LINE_BYTES = 8 << 20
+MAX_PART_BYTES = 16 << 20
+"""Of a part of a JSON array no more is read: behind a missing quotation mark no record seems to end any more."""
 DOCUMENT_BYTES = 16 << 10
 """Plain text is cut into documents of about this size, so that a novel is not one document for the validation split."""
 BOM = b"\xef\xbb\xbf"
@@ -372,7 +374,7 @@ def _read_array(chunk: Chunk, max_line_bytes: int) -> Iterator[tuple[int, Any]]:
     """Elements of a part of an array; after a broken one the rest of the part cannot be trusted and is not read."""
     with open(chunk.path, "rb") as file:
         file.seek(chunk.start)
-        data = file.read(chunk.end - chunk.start)
+        data = file.read(min(chunk.end - chunk.start, MAX_PART_BYTES))
         at_end = not file.read(1)
     text = data.decode("utf-8", "surrogateescape")  # a bad byte spoils its own record only: see _check_characters
     decoder, number, position = json.JSONDecoder(), chunk.first_line, 0
@@ -405,8 +407,10 @@ def _array_problem(chunk: Chunk, text: str, position: int, error: Exception) -> 
     if not isinstance(error, json.JSONDecodeError):
         return f"broken JSON: {error}"
     with open(chunk.path, "rb") as file:
-        line = 1 + file.read(chunk.start).count(b"\n") + text.count("\n", 0, error.pos)
-    return f"broken JSON in line {line}: {error.msg}"
+        blocks = (file.read(min(1 << 20, chunk.start - begin)) for begin in range(0, chunk.start, 1 << 20))
+        line = 1 + sum(block.count(b"\n") for block in blocks) + text.count("\n", 0, error.pos)
+    cut = chunk.end - chunk.start > MAX_PART_BYTES
+    return f"broken JSON in line {line}: {error.msg}" + f", or {_too_long('record', MAX_LINE_BYTES)}" * cut
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
@@ -418,8 +422,8 @@ def _open_parquet(path: Path | str) -> Any:
 
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable Parquet file ({error}): write it again") from error
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable Parquet file ({_first_line(error)}): write it again") from error
 
 
 def _row_groups(path: Path, chunk_bytes: int) -> Iterator[tuple[int, int, int]]:
@@ -431,12 +435,31 @@ def _row_groups(path: Path, chunk_bytes: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _read_rows(chunk: Chunk, max_line_bytes: int) -> Iterator[tuple[int, Any]]:
+    """Rows of row groups; after a damaged page the rest of them cannot be decoded and is one bad record."""
+    import pyarrow
+
     number = chunk.first_line
     with _open_parquet(chunk.path) as file:
-        for batch in file.iter_batches(batch_size=256, row_groups=range(chunk.start, chunk.end)):
-            for row in batch.to_pylist():
-                yield number, row
-                number += 1
+        try:
+            for batch in file.iter_batches(batch_size=256, row_groups=range(chunk.start, chunk.end)):
+                yield from enumerate(_rows_of(chunk.path, number, batch), number)
+                number += batch.num_rows
+        except (OSError, pyarrow.ArrowException) as error:
+            if isinstance(error, MemoryError):  # says nothing about the file
+                raise
+            reason = f"the Parquet file is damaged from this row on ({_first_line(error)}): write it again"
+            yield number, BadRecord(chunk.path, number, reason)
+
+
+def _rows_of(path: str, number: int, batch: Any) -> list[Any]:
+    """The rows of a batch whose first one has this number; a row that Python has no value for is a bad record."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # bytes that are no text, times beyond all years
+        if batch.num_rows == 1:
+            reason = _not_utf8(error) if isinstance(error, UnicodeDecodeError) else _first_line(error)
+            return [BadRecord(path, number, reason)]
+        return [row for i in range(batch.num_rows) for row in _rows_of(path, number + i, batch.slice(i, 1))]
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -474,6 +497,10 @@ def _surrogate(error: UnicodeEncodeError) -> str:
     if 0xDC80 <= code <= 0xDCFF:
         return f"not UTF-8: the byte 0x{code - 0xDC00:02x} (or half a surrogate pair)"
     return f"half a surrogate pair, \\u{code:04x}, which is no character"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

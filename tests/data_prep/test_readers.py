@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -458,6 +459,25 @@ def test_a_bad_json_array_says_where(content: bytes, words: str, good: int, tmp_
     assert len(found) - 1 == good
 
 
+def test_one_missing_quotation_mark_in_a_large_json_array_is_found_without_reading_all_of_it(tmp_path: Path) -> None:
+    """After it nothing looks like the end of a record, so the rest of the file would be one piece."""
+    path = tmp_path / "bad.json"
+    record = json.dumps({"text": "x" * 1000}).encode()
+    broken = b'{"text: "a"}'
+    with path.open("wb") as file:
+        file.write(b"[" + record + b",\n" + broken)
+        for _ in range(60):
+            file.write((b",\n" + record) * 1000)
+        file.write(b"]")
+    tracemalloc.start()
+    found = read_all(path, "pretrain")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [number for number, _ in found] == [1, 2]
+    assert str(found[1][1]).startswith(f"{path}:2: broken JSON in line 2: Expecting ':' delimiter")
+    assert peak < path.stat().st_size
+
+
 def test_bad_bytes_in_plain_text_name_the_line_and_spoil_one_document(tmp_path: Path) -> None:
     paragraph = ("a quiet day by the river " * 40 + "\n\n").encode()
     path = tmp_path / "book.txt"
@@ -487,6 +507,39 @@ def test_a_damaged_parquet_file_and_text_for_a_chat_stage_are_refused(tmp_path: 
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match=r"a\.txt is plain text, which the sft stage cannot use"):
         read_all(tmp_path / "a.txt", "sft")
+
+
+def damaged_parquet(path: Path, damage: str) -> Path:
+    """600 rows in two groups: `page` spoils the compressed page of the second, `text` the 300th row's bytes."""
+    texts = [f"row {i + 1}".encode() for i in range(600)]
+    if damage == "text":
+        texts[299] = b"caf\xe9"
+    column = pa.array(texts, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), path, row_group_size=300, compression="gzip", use_dictionary=False)
+    if damage == "page":
+        metadata = pq.read_metadata(path).row_group(1).column(0)
+        content = bytearray(path.read_bytes())
+        content[metadata.data_page_offset + metadata.total_compressed_size // 2] ^= 0xFF
+        path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_page_of_a_parquet_file_costs_the_rest_of_its_row_group(tmp_path: Path) -> None:
+    path = damaged_parquet(tmp_path / "bad.parquet", "page")
+    found = read_all(path, "pretrain")
+    assert [number for number, _ in found] == [*range(1, 301), 301]
+    assert found[299][1] == {"text": "row 300"}
+    bad = found[300][1]
+    assert str(bad).startswith(f"{path}:301: the Parquet file is damaged from this row on (")
+    assert str(bad).endswith("): write it again")
+
+
+def test_a_parquet_row_that_is_not_utf8_is_named_and_its_neighbours_are_read(tmp_path: Path) -> None:
+    path = damaged_parquet(tmp_path / "bad.parquet", "text")
+    found = read_all(path, "pretrain")
+    assert [number for number, _ in found] == list(range(1, 601))
+    assert str(found[299][1]) == f"{path}:300: not UTF-8: the byte 0xe9; save the file as UTF-8"
+    assert [record for _, record in found[298:301:2]] == [{"text": "row 299"}, {"text": "row 301"}]
 
 
 def test_all_real_data_sets_are_read_without_a_bad_record(shared_data: Path) -> None:
