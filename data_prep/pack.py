@@ -69,7 +69,7 @@ class OtherDatasetError(UserError):
     """The output holds a dataset of other input or options."""
 
 
-RESUMABLE = (NoSpaceError, WorkerDiedError)  # the same command can go on with what is finished
+RESUMABLE = (NoSpaceError, WorkerDiedError, OSError, MemoryError)  # the same command can go on with what is finished
 
 
 @dataclass
@@ -132,9 +132,10 @@ def pack(options: PackOptions, progress: Progress | None = None) -> dict[str, An
     job = _make_job(options)
     output = Path(options.output)
     found = _existing(output, options, job)
-    if found is not None:
-        return found
     work = output / WORK
+    if found is not None:
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed after its manifest
+        return found
     created = not output.exists()
     work.mkdir(parents=True, exist_ok=True)
     with _locked(work):
@@ -143,11 +144,11 @@ def pack(options: PackOptions, progress: Progress | None = None) -> dict[str, An
             manifest = _Packer(output, work, options, job, progress or (lambda *_: None)).run()
         except RESUMABLE:
             raise
-        except UserError:  # input or options must change, so nothing that was made can be used again
+        except Exception:  # input or options (or this program) must change: nothing that was made can be used again
             _clear(output)
             _remove(output if created else work)
             raise
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # another process may have found the manifest and be doing the same
     return manifest
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
@@ -545,6 +547,49 @@ def test_bad_records_are_one_sentence_with_file_and_line_and_leave_nothing(tmp_p
         pack(options(stage, source, tmp_path / "out"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["page", "text"])
+def test_a_damaged_parquet_file_is_one_sentence_or_skipped_and_counted(tmp_path, damage):
+    column = pa.array([b"caf\xe9" if damage == "text" and i == 7 else b"row %d" % i for i in range(40)])
+    table = pa.table({"text": column.view(pa.string())})
+    source = tmp_path / "in.parquet"
+    pq.write_table(table, source, row_group_size=20, compression="gzip", use_dictionary=False)
+    if damage == "page":
+        page = pq.read_metadata(source).row_group(1).column(0)
+        content = bytearray(source.read_bytes())
+        content[page.data_page_offset + page.total_compressed_size // 2] ^= 0xFF
+        source.write_bytes(content)
+    line, kept = (21, 20) if damage == "page" else (8, 39)
+    with pytest.raises(UserError, match=rf"in\.parquet:{line}: .*--on_bad_record skip") as caught:
+        pack(options("pretrain", source, tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    manifest = pack(options("pretrain", source, tmp_path / "out", on_bad_record="skip"))
+    assert manifest["documents"] == {"in": kept + 1, "kept": kept, "dropped": {"bad_record": 1}}
+    assert f"in.parquet:{line}: " in manifest["bad_records"][0]
+
+
+def test_what_was_made_is_removed_when_packing_fails_in_a_way_that_nobody_foresaw(tmp_path, monkeypatch):
+    source = write_texts(tmp_path / "a.jsonl", texts(20, 3))
+
+    def broken(*_):
+        raise RuntimeError("a mistake of the program")
+
+    monkeypatch.setattr("data_prep.pack.tokenize_chunk", broken)
+    with pytest.raises(RuntimeError):
+        pack(options("pretrain", source, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_killed_after_its_manifest_leaves_nothing_that_the_next_one_does_not_remove(tmp_path):
+    source = write_texts(tmp_path / "a.jsonl", texts(20, 3))
+    manifest = pack(options("pretrain", source, tmp_path / "out"))
+    finished = tree(tmp_path / "out")
+    (tmp_path / "out" / ".packing" / "spill").mkdir(parents=True)
+    (tmp_path / "out" / ".packing" / "spill" / "000000.ids.npy").write_bytes(b"of a run killed before it was removed")
+    assert pack(options("pretrain", source, tmp_path / "out")) == manifest
+    assert tree(tmp_path / "out") == finished
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
