@@ -16,7 +16,16 @@ from minigpt.errors import UserError
 from minigpt.generation.engine import cache_bytes, generate
 from minigpt.generation.load import load_for_inference
 from minigpt.generation.sampling import SamplingParams
-from minigpt.serve.command import ServeOptions, check, choose_length, is_loopback, listen, serve
+from minigpt.serve.command import (
+    ServeOptions,
+    check,
+    choose_length,
+    is_loopback,
+    listen,
+    make_engine,
+    prefill_tokens,
+    serve,
+)
 
 QUESTION = [{"role": "user", "content": "Count."}]
 
@@ -30,6 +39,7 @@ QUESTION = [{"role": "user", "content": "Count."}]
         ({"port": 70000}, "port is 70000"),
         ({"slots": 0}, "slots is 0; give at least 1"),
         ({"max_length": 3}, "max_length is 3; give at least 16"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0; give at least 1"),
         ({"top_p": 3.0}, "top_p is 3.0"),
         ({"think": "maybe"}, "think is 'maybe'"),
     ],
@@ -71,8 +81,18 @@ def test_conversations_are_as_long_as_all_slots_can_hold_at_once(script, capsys)
         choose_length(model, shorter, 8 * 800 * token)
 
 
+def test_a_step_reads_so_much_of_prompts_as_the_others_can_wait_for(script):
+    assert prefill_tokens(100_000_000, threads=2) == 125  # 2 * 1e8 * 125 FLOP at 1e11 a second
+    assert prefill_tokens(100_000_000, threads=8) == 500
+    assert prefill_tokens(1_000_000, threads=1) == 2048
+    assert prefill_tokens(8_000_000_000, threads=2) == 64
+    model = scripted_model(script)
+    assert make_engine(model, ServeOptions(Path("unused"))).prefill_chunk == 2048
+    assert make_engine(model, ServeOptions(Path("unused"), prefill_chunk=48)).prefill_chunk == 48
+
+
 def test_a_server_with_a_shorter_max_length_refuses_what_is_longer(scripted_run, tmp_path):
-    running = start_server(tmp_path, scripted_run, "--max_length", "64")
+    running = start_server(tmp_path, scripted_run, "--max_length", "64", "--prefill_chunk", "4")
     try:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused", max_retries=0)
         answer = client.chat.completions.create(model=running.name, messages=QUESTION, temperature=0)
