@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from minigpt.errors import UserError
+from minigpt.files import sync
 
 FORMAT = "minigpt-arrow"
 VERSION = 1
@@ -74,15 +75,7 @@ def write_atomically(path: Path, data: bytes | memoryview | pa.Buffer) -> None:
                 "command again, finished parts are kept."
             ) from error
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def file_sha256(path: Path) -> str:

@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from minigpt.files import sync
+
 if TYPE_CHECKING:
     from minigpt.model.model_minigpt import DecoderModel, MiniGPTConfig
 
@@ -291,24 +293,16 @@ def _move_into_place(staging: Path, folder: Path) -> None:
     """Moves the staged files over the folder's, config.json last, each step synced to the disk."""
     staged = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
     for path in staged:
-        _sync(path)
+        sync(path)
     (folder / "config.json").unlink(missing_ok=True)
     (folder / WEIGHTS_INDEX).unlink(missing_ok=True)
-    _sync(folder)
+    sync(folder)
     for path in staged:
         os.chmod(path, 0o644)
         if path.name == "config.json":
-            _sync(folder)
+            sync(folder)
         os.replace(path, folder / path.name)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)
 
 
 def special_token_ids(tokenizer_folder: str | Path, vocab_size: int | None = None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minigpt.errors import UserError
+from minigpt.files import sync
 
 from .model_lora import DEFAULT_ADAPTER, LoRA, LoRAConfig, adapter_names, add_adapter, find_targets, lora_layers
 
@@ -98,7 +99,7 @@ def save_adapter(
     partial = folder / f".{WEIGHTS}.partial"
     try:
         save_file(tensors, partial, metadata=header)
-        _sync(partial)
+        sync(partial)
         (folder / CONFIG).unlink(missing_ok=True)  # so that no config ever stands beside weights of another adapter
         os.replace(partial, folder / WEIGHTS)
     except SafetensorError as error:
@@ -107,7 +108,7 @@ def save_adapter(
         partial.unlink(missing_ok=True)
     partial = folder / f".{CONFIG}.partial"
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(partial)
+    sync(partial)
     os.replace(partial, folder / CONFIG)
     return folder
 
@@ -159,14 +160,6 @@ def _target_modules(model: nn.Module, layers: list[str]) -> list[str]:
 def _shape(model: nn.Module) -> dict[str, Any]:
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
     return {key: config[key] for key in SHAPE}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_config(folder: Path) -> LoRAConfig:

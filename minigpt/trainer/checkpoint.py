@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from minigpt.errors import UserError
+from minigpt.files import sync
 
 from .engine import Engine
 
@@ -60,7 +61,7 @@ def save(engine: Engine, run: Path, state: dict[str, Any], keep: int) -> Path:
             if final.exists():  # of a run that was started anew; nobody saves the same step twice
                 shutil.rmtree(final)
             partial.rename(final)
-            _sync(final.parent)
+            sync(final.parent)
             _tidy(run, final, keep)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         if rank == 0:
@@ -103,16 +104,8 @@ def _seal(folder: Path, state: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
-        _sync(inner)
-    _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(inner)
+    sync(folder)
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -7,19 +7,29 @@ from typing import Any
 
 import torch
 
+from minigpt.errors import UserError
+from minigpt.files import sync
 from minigpt.model.model_minigpt import MiniGPT
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def write_state_dict(path: Path, weights: dict[str, torch.Tensor]) -> Path:
-    """A state dict for `torch.load(path, weights_only=True)`; the file is whole or as it was."""
+    """A state dict for `torch.load(path, weights_only=True)`; the file is whole or as it was, also after a power cut.
+
+    Errors: UserError when there is no room for it.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         torch.save(weights, partial)
+        sync(partial)
         partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); make room and run the same command again") from error
     finally:
         partial.unlink(missing_ok=True)
+    sync(path.parent)
     return path
 
 
