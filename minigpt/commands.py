@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -83,7 +84,7 @@ class ExportOptions:
 
     Args:
         run: A run folder.
-        output: The folder to write.
+        output: The folder to write; not one that holds a run.
         format: hf: a Hugging Face folder (config, safetensors, tokenizer). pth: a state dict for torch.load. gguf: one
             file for llama.cpp.
         dtype: Precision of the weights; q8_0 (8 bits, blocks of 32 with a scale each) for gguf only.
@@ -99,29 +100,49 @@ def export(options: ExportOptions) -> None:
     """Write the weights of a finished run from its float32 masters."""
     import torch
 
-    from minigpt.model.model_minigpt import MiniGPT
+    from minigpt.trainer.setup import load_masters
+    from minigpt.trainer.weights import write_state_dict
 
     if options.dtype == "q8_0" and options.format != "gguf":
         raise UserError("--dtype q8_0 is for --format gguf; choose bf16, fp16 or fp32")
     folder = _model_folder(options.run)
-    model = MiniGPT.from_pretrained(folder)
-    masters = [path for path in options.run.glob("*.pth") if not path.name.startswith("lora_")]
-    if masters:
-        newest = max(masters, key=lambda path: path.stat().st_mtime)
-        model.load_state_dict(torch.load(newest, map_location="cpu", weights_only=True))
+    _check_no_run(options.output)
+    model = load_masters(options.run)
     name = options.run.resolve().name
-    options.output.mkdir(parents=True, exist_ok=True)
-    if options.format == "pth":
-        dtype = _TORCH_NAMES[options.dtype]
-        path = options.output / f"{name}_{model.config.hidden_size}.pth"
-        partial = path.with_name(path.name + ".partial")
-        torch.save({key: tensor.to(getattr(torch, dtype)) for key, tensor in model.state_dict().items()}, partial)
-        partial.replace(path)
-    elif options.format == "gguf":
-        path = _export_gguf(options, model, folder, name)
-    else:
-        path = _export_hf(options, model, folder)
+    with _folder_made(options.output):
+        if options.format == "pth":
+            dtype = getattr(torch, _TORCH_NAMES[options.dtype])
+            weights = {key: tensor.to(dtype) for key, tensor in model.state_dict().items()}
+            path = write_state_dict(options.output / f"{name}_{model.config.hidden_size}.pth", weights)
+        elif options.format == "gguf":
+            path = _export_gguf(options, model, folder, name)
+        else:
+            path = _export_hf(options, model, folder)
     print(f"written to {path}")
+
+
+def _check_no_run(output: Path) -> None:
+    """Refuse a run's folder: what starts from a run reads the newest .pth in it, which would be the rounded weights."""
+    from minigpt.trainer.run import SIGNS
+
+    if (output / "hf" / "config.json").exists() or any((output / name).exists() for name in SIGNS):
+        raise UserError(
+            f"{output} holds a run, and exported weights must not lie beside its own: give another --output"
+        )
+
+
+@contextlib.contextmanager
+def _folder_made(output: Path) -> Iterator[None]:
+    """Make a folder; whoever fails to fill it leaves none behind that was not there."""
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # a folder that somebody else has put something into stays
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -197,21 +218,14 @@ def import_hf(options: ImportOptions) -> None:
         raise UserError(f"{options.output} is not empty; give another --output")
     if options.folder.is_dir() and not (options.folder / "tokenizer.json").exists():
         raise UserError(f"{options.folder} has no tokenizer.json; add the model's tokenizer to the folder")
-    made = [folder for folder in (options.output, *options.output.parents) if not folder.exists()]
-    options.output.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=options.output, prefix=".partial-") as name:
-            folder = Path(name) / "hf"
-            convert_hf_folder(options.folder, folder)
-            _settle_chat_template(options, folder)
-            _write_import_summary(options, folder)
-            (folder / "summary.json").replace(options.output / "summary.json")
-            folder.rename(options.output / "hf")
-    except BaseException:
-        with contextlib.suppress(OSError):  # a folder that somebody else has put something into stays
-            for folder in made:
-                folder.rmdir()
-        raise
+    output = options.output
+    with _folder_made(output), tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as name:
+        folder = Path(name) / "hf"
+        convert_hf_folder(options.folder, folder)
+        _settle_chat_template(options, folder)
+        _write_import_summary(options, folder)
+        (folder / "summary.json").replace(output / "summary.json")
+        folder.rename(output / "hf")
     print(f"written to {options.output}; use it as --init {options.output} or with minigpt chat")
 
 

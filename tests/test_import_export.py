@@ -3,6 +3,8 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,55 @@ def test_a_readme_of_somebody_else_stays_and_ours_is_renewed(folders, tmp_path, 
     for dtype in ("bf16", "fp32"):
         export(ExportOptions(tmp_path / "run", tmp_path / "out", dtype=dtype))
         assert f"| stored as | {dtype} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.fixture
+def run(folders, tmp_path) -> Path:
+    """A run as training leaves it: float32 masters beside the rounded weights of `hf/`."""
+    folder = tmp_path / "run"
+    import_hf(ImportOptions(folders["smollm2"], folder))
+    model = MiniGPT.from_pretrained(folder / "hf")
+    torch.save(model.state_dict(), folder / f"full_sft_{model.config.hidden_size}.pth")
+    model.save_pretrained(folder / "hf", dtype=torch.bfloat16)
+    return folder
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from minigpt import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("kind", ["hf", "pth", "gguf"])
+def test_an_export_to_a_full_disk_is_one_sentence_and_leaves_nothing(run, tmp_path, kind):
+    arguments = ["export", run, "--output", tmp_path / "new" / "export", "--format", kind]
+    command = [sys.executable, "-c", FULL_DISK, "20000", *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.strip().splitlines()
+    assert line.startswith(f"error: {tmp_path / 'new' / 'export'}/")
+    assert "cannot be written (" in line
+    assert "make room" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_export_takes_the_masters_and_never_lands_beside_them(run, tmp_path):
+    from minigpt.trainer.setup import load_masters
+
+    masters = torch.load(next(run.glob("*.pth")))
+    before = sorted(path for path in run.rglob("*") if path.is_file())
+    for output in (run, run.parent / "run" / ".." / "run"):
+        for kind in ("pth", "hf", "gguf"):
+            with pytest.raises(UserError, match=r"holds a run, .*: give another --output"):
+                export(ExportOptions(run, output, format=kind))
+    assert sorted(path for path in run.rglob("*") if path.is_file()) == before
+    export(ExportOptions(run, tmp_path / "out", format="pth", dtype="fp32"))
+    (exported,) = (tmp_path / "out").iterdir()
+    for weights in (torch.load(exported), load_masters(run).state_dict()):
+        assert all(torch.equal(weights[name], tensor) for name, tensor in masters.items())
 
 
 # ------------------------------------------------------------------------------------------------- what is not let in

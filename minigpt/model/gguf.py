@@ -59,6 +59,7 @@ def write_gguf(
 
     Raises:
         UserError: the package `gguf` is missing, or llama.cpp knows no such model or tokenizer.
+        OSError: there is no room for it.
     """
     try:
         import gguf
@@ -95,6 +96,9 @@ def write_gguf(
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path}: cannot be written ({reason}); make room or choose another folder") from None
     finally:
         partial.unlink(missing_ok=True)
     return path
