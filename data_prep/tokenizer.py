@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minigpt.dataset.shards import write_atomically
 from minigpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -209,8 +210,8 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `folder`."""
+    """Write tokenizer.json and tokenizer_config.json into `folder`; each file is whole or as it was."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    config = json.dumps(tokenizer_config(), ensure_ascii=False, indent=2)
-    (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+    config = json.dumps(tokenizer_config(), ensure_ascii=False, indent=2) + "\n"
+    write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
+    write_atomically(folder / "tokenizer_config.json", config.encode())

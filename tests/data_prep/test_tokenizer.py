@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -191,6 +193,32 @@ def test_training_writes_a_tokenizer_of_the_size_asked_for_and_twice_the_same(tm
         assert tokenizer.decode(tokenizer.encode(text)) == text
     frequent, unseen = tokenizer.encode(" river"), tokenizer.encode(" zebra")
     assert len(frequent) < len(unseen)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from data_prep.tokenizer import TokenizerOptions, train_tokenizer
+from minigpt.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    train_tokenizer(TokenizerOptions([Path(sys.argv[1])], Path(sys.argv[2]), vocab_size=300))
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_full_disk_leaves_the_tokenizer_that_was_there(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 50)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{} of an earlier training")
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "a.txt"), str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"No space to write {folder / 'tokenizer.json'} (")
+    assert [path.read_text() for path in sorted(folder.iterdir())] == ["{} of an earlier training"] * 2
 
 
 def test_held_out_documents_are_not_trained_on_and_together_with_the_others_are_all(tmp_path: Path) -> None:
