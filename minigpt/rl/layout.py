@@ -8,8 +8,10 @@ one GPU, or with each role on GPUs of its own on several nodes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minigpt.errors import UserError
 
@@ -45,17 +47,17 @@ def laptop() -> Layout:
 
 
 def colocate(gpus: int) -> Layout:
-    """A worker of every role on each GPU, taking turns."""
+    """A worker of every role on each GPU, taking turns: together they reserve one CPU, which every machine has."""
     share = 1 / len(ROLES)
-    return {role: Role(gpus, share, 1.0, beside=None if role == "policy" else "policy") for role in ROLES}
+    return {role: Role(gpus, share, share, beside=None if role == "policy" else "policy") for role in ROLES}
 
 
 def split(gpus: int) -> Layout:
     """Half of the GPUs sample, the others train; reference, critic and reward models sit beside the policy."""
     sampling = max(1, gpus // 2)
     training = max(1, gpus - sampling)
-    beside = {role: Role(training, 0.25, 1.0, beside="policy") for role in ("critic", "reference", "reward")}
-    return {"policy": Role(training, 0.25, 1.0), **beside, "rollout": Role(sampling, 1.0, 1.0)}
+    beside = {role: Role(training, 0.25, 0.25, beside="policy") for role in ("critic", "reference", "reward")}
+    return {"policy": Role(training, 0.25, 0.25), **beside, "rollout": Role(sampling, 1.0, 1.0)}
 
 
 def choose_layout(name: str, gpus: int) -> Layout:
@@ -97,13 +99,15 @@ def _read(path: Path) -> Layout:
     for role, values in content.items():
         if role not in ROLES:
             raise UserError(f"{path}: there is no role {role!r}; the roles are {', '.join(ROLES)}")
-        unknown = sorted(set(values or {}) - fields) if isinstance(values, dict) or values is None else ["?"]
+        values = {} if values is None else values
+        unknown = [name for name in values if name not in fields] if isinstance(values, dict) else [values]
         if unknown:
             raise UserError(f"{path}: {role} takes {', '.join(sorted(fields))}, not {unknown[0]!r}")
-        layout[role] = Role(**(values or {}))
+        for name, value in values.items():
+            if (rule := _broken_rule(name, value)) is not None:
+                raise UserError(f"{path}: {name} of {role} is {value!r}, it must be {rule}")
+        layout[role] = Role(**values)
     for role, needs in layout.items():
-        if not (isinstance(needs.workers, int) and needs.workers >= 1 and needs.gpus >= 0 and needs.cpus >= 0):
-            raise UserError(f"{path}: {role} needs workers of at least 1, and gpus and cpus of at least 0")
         host = layout.get(needs.beside) if needs.beside else None
         if needs.beside and (host is None or host.beside or host.workers < needs.workers):
             raise UserError(
@@ -111,6 +115,18 @@ def _read(path: Path) -> Layout:
                 "and a place of its own"
             )
     return layout
+
+
+def _broken_rule(name: str, value: Any) -> str | None:
+    """What the value of a field of `Role` should be and is not."""
+    if name == "beside":
+        return None if value is None or isinstance(value, str) else "the name of a role"
+    whole = name in ("workers", "threads")
+    least = 1 if name == "workers" else 0
+    number = isinstance(value, int) if whole else isinstance(value, int | float)
+    if not number or isinstance(value, bool) or not math.isfinite(value) or value < least:
+        return f"a {'whole ' * whole}number of at least {least}"
+    return "a part of one GPU, or a whole number" if name == "gpus" and value > 1 and value != int(value) else None
 
 
 def sharing(layout: Layout, roles: list[str], sleep: bool | None) -> dict[str, set[str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from minigpt.cli import parse_options
+from minigpt.errors import UserError
 from minigpt.rl.layout import ROLES, bundles, choose_layout
 from minigpt.rl.options import GRPOOptions, PPOOptions
 
@@ -44,6 +45,45 @@ def test_no_two_ranks_of_the_policy_fit_on_one_gpu(name, roles):
     """NCCL refuses two ranks on a device, and Ray packs what fits."""
     shares = [b.resources["GPU"] for b in bundles(choose_layout(name, 8), roles) if "policy" in b.roles]
     assert shares == [1.0] * (8 if name == "colocate" else 4)
+
+
+@pytest.mark.parametrize("name", ["colocate", "split"])
+@pytest.mark.parametrize("gpus", [2, 8])
+def test_a_named_layout_reserves_a_cpu_for_each_gpu_at_most(name, gpus):
+    """A machine with one GPU often has two; roles that take turns need no core each."""
+    needed = sum(bundle.resources["CPU"] for bundle in bundles(choose_layout(name, gpus), list(ROLES)))
+    assert 0 < needed <= gpus + 1e-6
+
+
+WRONG = {
+    "a number in quotes": ('policy: {gpus: "1"}', "gpus of policy is '1', it must be a number of at least 0"),
+    "part of a worker": (
+        "rollout: {workers: 1.5}",
+        "workers of rollout is 1.5, it must be a whole number of at least 1",
+    ),
+    "no worker": ("rollout: {workers: 0}", "workers of rollout is 0, it must be a whole number of at least 1"),
+    "yes": ("rollout: {workers: yes}", "workers of rollout is True, it must be a whole number"),
+    "fewer threads than none": (
+        "policy: {threads: -1}",
+        "threads of policy is -1, it must be a whole number of at lea",
+    ),
+    "endless": ("policy: {cpus: .inf}", "cpus of policy is inf, it must be a number of at least 0"),
+    "nothing": ("policy: {cpus: }", "cpus of policy is None, it must be a number of at least 0"),
+    "one GPU and a half": ("policy: {gpus: 1.5}", "gpus of policy is 1.5, it must be a part of one GPU, or a whole"),
+    "beside two": ("critic: {beside: [policy, reward]}", "it must be the name of a role"),
+    "a list of needs": ("policy: [1]", "policy takes beside, cpus, gpus, threads, workers, not [1]"),
+    "numbers for names": ("policy: {1: 2, workers: 1}", "not 1"),
+}
+
+
+@pytest.mark.parametrize(("layout", "sentence"), WRONG.values(), ids=WRONG)
+def test_a_layout_with_a_wrong_value_is_refused_in_one_sentence(tmp_path, layout, sentence):
+    path = tmp_path / "layout.yaml"
+    path.write_text(layout)
+    with pytest.raises(UserError) as refused:
+        choose_layout(str(path), 2)
+    assert str(refused.value).startswith(f"{path}: ")
+    assert sentence in str(refused.value)
 
 
 def test_a_layout_that_is_written_by_hand_gives_each_worker_its_place():
