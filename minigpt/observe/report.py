@@ -317,11 +317,15 @@ def _phase_section(run: Run, level: int = 2) -> str:
         return ""
     step = run.typical("seconds_step") or math.nan
     medians = {name: median(seconds) for name, seconds in phases.items()}
+    rates = {name: f"tokens_per_second_{name.replace(' ', '_')}" for name in medians}
+    rates |= {"generate": "generated_tokens_per_second", "whole step": "tokens_per_second"}
     rows = [
         {"phase": name, "median seconds": f"{seconds:.3f}", "share": _percent(seconds / step)}
         for name, seconds in medians.items()
     ]
     rows.append({"phase": "whole step", "median seconds": f"{step:.3f}", "share": ""})
+    for row in rows:
+        row["answer tokens/s"] = _number(run.typical(rates[row["phase"]]), ",.0f")
     return f"{'#' * level} Time of a step\n\n{markdown_table(rows)}"
 
 

@@ -7,18 +7,12 @@ last; nothing hangs without a word.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    OwnerDiedError,
-    RayActorError,
-    RayTaskError,
-)
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -40,6 +34,18 @@ class WorkerDied(Exception):
     def __init__(self, role: str, rank: int, why: str) -> None:
         super().__init__(f"{role} worker {rank} died: {why}")
         self.role, self.rank = role, rank
+
+
+class WorkerFailed(Exception):
+    """A worker's method raised something that is no sentence for a person.
+
+    Attributes:
+        traceback: The worker's, with its name and process, line by line.
+    """
+
+    def __init__(self, role: str, rank: int, what: str, reason: str, traceback: str) -> None:
+        super().__init__(f"{role} worker {rank} failed to {what}: {reason}")
+        self.traceback = traceback
 
 
 class WorkerGroup:
@@ -115,7 +121,7 @@ class WorkerGroup:
     def wait(self, references: Sequence[ray.ObjectRef], what: str) -> list[Any]:
         """The results of `all` or `each`, in order.
 
-        Errors: WorkerDied; UserError when the time is up or a worker raised one; what else a worker raised.
+        Errors: WorkerDied; UserError when the time is up or a worker raised one; WorkerFailed when it raised another.
         """
         pending, ranks = list(references), {ref: rank for rank, ref in enumerate(references)}
 
@@ -146,15 +152,20 @@ class WorkerGroup:
             return ray.get(reference, timeout=self.timeout)
         except GetTimeoutError:
             self._hung(rank, what)
-        except (ActorDiedError, ActorUnavailableError, RayActorError) as error:
-            raise WorkerDied(self.role, rank, _last_words(error)) from error
-        except RayTaskError as error:
+        except RayTaskError as error:  # before the others, since it is an instance of its cause's class, too
             cause = error.cause
-            if isinstance(cause, OwnerDiedError):  # the weights to load died with their owner
-                raise WorkerDied("policy", 0, "the weights that it had published are gone") from error
-            if isinstance(cause, (UserError, ValueError, RayActorError)):
+            if isinstance(cause, UserError):
                 raise cause from error
-            raise
+            if isinstance(cause, ObjectLostError):  # the weights to load died with their owner
+                raise WorkerDied("policy", 0, "the weights that it had published are gone") from error
+            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+            raise WorkerFailed(self.role, rank, what, reason, _plain(error)) from error
+        except RayActorError as error:
+            if error.actor_init_failed:  # another one would end in the same way
+                raise WorkerFailed(self.role, rank, "start", _last_words(error), _plain(error)) from error
+            raise WorkerDied(self.role, rank, _last_words(error)) from error
+        except ObjectLostError as error:  # it may live, but what it returned lay in the memory of a node that is gone
+            raise WorkerDied(self.role, rank, "what it returned is lost, as with its node") from error
 
     def _hung(self, rank: int, what: str) -> NoReturn:
         raise UserError(
@@ -168,8 +179,13 @@ class WorkerGroup:
             ray.kill(worker)
 
 
+def _plain(error: Exception) -> str:
+    """What Ray says, without its colours."""
+    return re.sub(r"\x1b\[\d*m", "", str(error))
+
+
 def _last_words(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in _plain(error).splitlines() if line.strip()]
     return next((line for line in lines if "rror" in line and "RayActorError" not in line), lines[0] if lines else "?")
 
 

@@ -41,7 +41,7 @@ class Position:
         under_way: Number of the first prompt of the answers that are under way for the next step (`overlap`); a
             resumed run asks them again. None: nothing is.
         kl_coefficient: It moves when `kl_target` says so.
-        tokens: Answer tokens trained on.
+        tokens: Answer tokens of all steps, also of answers that taught nothing and were left out of the update.
         seconds: Of all steps.
         nan_steps: Skipped steps in a row.
         first_evaluation, last_evaluation: What was measured on held-out prompts.
@@ -340,8 +340,10 @@ class Loop:
         clock = self.roles.clock
         busy = sum(clock.computed.values()) + clock.waited["rewards"]
         named = {f"seconds_{name}": value for name, value in clock.waited.items()}
+        rates = {f"tokens_per_second_{name}": n / max(clock.computed[name], 1e-9) for name, n in clock.tokens.items()}
         return {
             **named,
+            **rates,
             "seconds_step": seconds,
             "overhead": max(0.0, 1 - busy / seconds) if not self.options.overlap else math.nan,
             "generated_tokens_per_second": self._drawn / max(clock.computed["generate"], 1e-9),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from inspect import cleandoc
 from pathlib import Path
 from typing import Literal
 
 from minigpt.errors import UserError
-from minigpt.trainer.options import check_adapter
+from minigpt.trainer.options import TrainOptions, check_adapter
 
 
 @dataclass
@@ -69,7 +69,8 @@ class RLOptions:
         rollout_slots: Answers that a sampler works on together.
         batch_invariant: Sample so that every answer is bit-equal whatever runs beside it. Slower.
         micro_batch_tokens: Tokens of a forward pass. null: 2,048 on a CPU, 32,768 on a GPU.
-        eval_data: Held-out prompts: a packed folder or raw files. null: the validation split of the data.
+        eval_data: Held-out prompts: a packed folder (its held-out split, if it has one) or raw files. null: the
+            validation split of the data.
         eval_interval: Steps between two evaluations; there is always one before the first and after the last step.
         eval_prompts: At most this many held-out prompts, answered greedily.
         save_interval: Steps between two checkpoints; 0: only at the end.
@@ -171,17 +172,17 @@ class RLOptions:
     threads: int = 0
 
     def __post_init__(self) -> None:
+        # What both kinds of runs have is checked alike
+        TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions) if hasattr(self, f.name)})
         at_least_one = (
-            *("prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_prompt_tokens", "max_steps"),
-            *("minibatches", "update_epochs", "rollout_slots", "eval_prompts", "keep_checkpoints", "log_interval"),
-            *("reward_processes", "reward_memory_mb", "max_nan_steps"),
+            *("prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_prompt_tokens", "minibatches"),
+            *("update_epochs", "rollout_slots", "eval_prompts", "reward_processes", "reward_memory_mb"),
         )
         for name in at_least_one:
             self._require(getattr(self, name) >= 1, name, "at least 1")
         not_negative = (
-            *("learning_rate", "weight_decay", "grad_clip", "kl_coefficient", "entropy_coefficient", "clip_low"),
-            *("eval_interval", "save_interval", "restarts", "dynamic_sampling", "overlong_buffer", "lora_rank"),
-            *("threads", "min_lr_ratio", "warmup_ratio"),
+            *("kl_coefficient", "entropy_coefficient", "clip_low", "restarts", "dynamic_sampling", "overlong_buffer"),
+            "lora_rank",
         )
         for name in not_negative:
             self._require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0")

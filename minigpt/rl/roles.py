@@ -44,10 +44,12 @@ class Clock:
     Attributes:
         waited: Seconds that the controller waited, by phase.
         computed: Seconds that the slowest worker computed, by phase.
+        tokens: Answer tokens that a model's phase went through.
     """
 
     waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     computed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    tokens: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -59,8 +61,8 @@ class Clock:
 
     def clear(self) -> None:
         """Begin with a new step."""
-        self.waited.clear()
-        self.computed.clear()
+        for found in (self.waited, self.computed, self.tokens):
+            found.clear()
 
 
 class Asked(NamedTuple):
@@ -106,21 +108,34 @@ class Roles:
             role: WorkerGroup(CLASSES[role], role, layout, needed, self.placement, (job,), o.timeout) for role in roles
         }
         self._sharing = sharing(layout, roles, o.sleep)
-        self._awake = set(roles)
+        self._awake: set[str] = set()
         self.delivery = Delivery(self.groups["policy"], self.groups["rollout"], say)
 
     def setup(self) -> dict[str, dict[str, Any]]:
-        """Load all models, side by side; returns what policy and critic say of themselves."""
-        waiting = {}
-        for role, group in self.groups.items():
-            if role in ("policy", "critic"):
-                (address,) = group.wait([group.one(0, "address")], "find a port") if len(group) > 1 else [None]
-                waiting[role] = group.all("setup", address)
-            else:
-                waiting[role] = group.all("setup")
-        found = {role: self.groups[role].wait(refs, "load its model") for role, refs in waiting.items()}
+        """Load all models; returns what they say of themselves.
+
+        Side by side, but for roles that share a device: of those each sleeps before the next one loads, so that a start
+        takes no more memory than a step. The policy comes last, since it is asked first.
+        """
+        waiting: dict[str, list[ray.ObjectRef]] = {}
+        found: dict[str, list[Any]] = {}
+        for role in sorted(self.groups, key=lambda role: (role in self._sharing, role == "policy")):
+            for other in self._sharing.get(role, set()) & self._awake:
+                found[other] = self.groups[other].wait(waiting.pop(other), "load its model")
+                self._tell(other, "sleep")
+                self._awake.remove(other)
+            waiting[role] = self._load(role)
+            self._awake.add(role)
+        found |= {role: self.groups[role].wait(refs, "load its model") for role, refs in waiting.items()}
         self.delivery.setup(self.job.options.weight_transport)
         return {role: results[0] for role, results in found.items() if results[0] is not None}
+
+    def _load(self, role: str) -> list[ray.ObjectRef]:
+        group = self.groups[role]
+        if role not in ("policy", "critic"):
+            return group.all("setup")
+        (address,) = group.wait([group.one(0, "address")], "find a port") if len(group) > 1 else [None]
+        return group.all("setup", address)
 
     def _turn(self, *roles: str) -> None:
         """Of the roles that share a device, only these are awake: the others make room first."""
@@ -183,7 +198,7 @@ class Roles:
                 _, loading, generating = sampling.asked[rank]
                 return rollout.result(loading, rank, "load weights"), rollout.result(generating, rank, "answer")
             except WorkerDied as error:
-                if attempt + 1 == ATTEMPTS:
+                if error.role != "rollout" or attempt + 1 == ATTEMPTS:
                     raise
                 dead = sampling.asked[rank].worker if death is None else rollout.workers[rank]
                 death = error
@@ -217,11 +232,15 @@ class Roles:
 
     def update_policy(self, batch: RolloutBatch, learning_rate: float, kl_coefficient: float) -> dict[str, float]:
         """The optimizer steps of the policy on a batch; what there is to see."""
-        return self._call("policy", "update", batch, learning_rate, kl_coefficient)[0]
+        found = self._call("policy", "update", batch, learning_rate, kl_coefficient)[0]
+        self.clock.tokens["update_policy"] = found["trained_tokens"]
+        return found
 
     def update_critic(self, batch: RolloutBatch, learning_rate: float) -> dict[str, float]:
         """The optimizer steps of the critic on a batch."""
-        return self._call("critic", "update", batch, learning_rate)[0]
+        found = self._call("critic", "update", batch, learning_rate)[0]
+        self.clock.tokens["update_critic"] *= self.job.options.update_epochs
+        return found
 
     def publish(self, version: int) -> None:
         """Make the policy's weights, as they are now, available to the rollout workers."""
@@ -253,7 +272,9 @@ class Roles:
 
     def _call(self, role: str, method: str, *arguments: Any) -> list[Any]:
         """The values that the workers of a role return, with the time noted; a batch crosses once."""
-        name = {"update": f"update_{role}", "log_probs": f"{role}_log_probs"}.get(method, method)
+        names = {"update": f"update_{role}", "log_probs": f"{role}_log_probs", "rewards": "reward_model"}
+        name = names.get(method, method)
+        self.clock.tokens[name] += sum(len(a.behaviour_log_probs) for a in arguments if isinstance(a, RolloutBatch))
         with self.clock.phase(name):
             shared = [ray.put(a) if isinstance(a, RolloutBatch) else a for a in arguments]
             results: list[Timed] = self._plain(role, method, *shared)

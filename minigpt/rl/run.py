@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import PackedDataset
 from minigpt.errors import UserError
-from minigpt.model.hf import load_generation_config
-from minigpt.model.model_minigpt import MiniGPT
+from minigpt.model.hf import _read_json, config_from_hf, load_generation_config
+from minigpt.model.model_minigpt import MiniGPTConfig
 from minigpt.observe.hardware import describe_hardware, package_version, source_commit
 from minigpt.trainer import checkpoint
 from minigpt.trainer.engine import Processes
@@ -28,7 +29,7 @@ from minigpt.trainer.setup import Source, check_packed_for, model_folder, prepar
 from . import cluster
 from .batch import choose_row_length
 from .cluster import SUBMITTED
-from .group import WorkerDied
+from .group import WorkerDied, WorkerFailed
 from .loop import Loop, Position
 from .options import RLOptions
 from .prompts import PromptSource
@@ -73,7 +74,7 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     run.open()
     encoder = _encoder(init)
     source, heldout = _prompts(stage, options, init)
-    config = MiniGPT.from_pretrained(model_folder(init)).config
+    config = _config(init)
     limit = config.max_position_embeddings
     prompts = PromptSource(source.train, encoder, options.thinking, options.seed, limit - 1)
     judged = None if heldout is None else PromptSource(heldout, encoder, options.thinking, options.seed, limit - 1)
@@ -117,6 +118,10 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
                     run.say(f"{death}; starting its group again from the last checkpoint")
                     resume = resume or trial.saved
         raise AssertionError
+    except WorkerFailed as failure:
+        run.pause()
+        print(failure.traceback, file=sys.stderr, flush=True)
+        raise UserError(f"{failure}; its traceback stands above") from failure
     finally:
         run.pause()
         if pool is not None:
@@ -147,6 +152,7 @@ class _Attempt:
         roles = Roles(self.job, self.run.say)
         try:
             self.facts = roles.setup()
+            self.run.clear()  # now: nothing is left that could be found wrong
             position = self._resume(roles, resume)
             self.loop = Loop(self.options, roles, self.pool, self.prompts, self.heldout, self.job.stop_ids, position)
             return self._steps(roles, position)
@@ -164,7 +170,7 @@ class _Attempt:
         if found is None:
             return fresh
         folder, state = found
-        self.run.check_resumable(state, self.data, self.network, self._engine_identity())
+        self._check_resumable(state)
         roles.load(folder, None if critics is None else checkpoint.checkpoint_folder(critics, state["step"]))
         self.run.say(f"resuming from {folder} at step {state['step']} of {o.max_steps}")
         position = Position(**state["position"])
@@ -172,9 +178,26 @@ class _Attempt:
             position.kl_coefficient = o.kl_coefficient
         return position
 
+    def _check_resumable(self, state: dict[str, Any]) -> None:
+        """Errors: UserError when what is learned from would be something else than it was."""
+        identity = self._engine_identity()
+        before, now = (one.get("reference_hash") for one in (state, identity))
+        if before is None or now is None:  # the KL's coefficient was 0, or is it now: that option is said
+            identity["reference_hash"] = before
+        self.run.check_resumable(state, self.data, self.network, identity)
+        before, now = (one.get("reward_hash") for one in (state, identity))
+        if before is not None and now is not None and before != now:
+            raise UserError(
+                f"the checkpoint in {self.run.folder} was rewarded by other weights than those that --reward_model "
+                "gives now; give the --reward_model that it was made with, or start anew with --overwrite, or give "
+                "another --save_dir"
+            )
+
     def _engine_identity(self) -> dict[str, Any]:
         policy = self.facts["policy"]
-        return {key: policy[key] for key in ("precision", "zero_stage", "optimizer", "frozen_hash", "trained_layout")}
+        keys = ("precision", "zero_stage", "optimizer", "frozen_hash", "trained_layout")
+        judges = {f"{role}_hash": self.facts[role]["hash"] for role in ("reference", "reward") if role in self.facts}
+        return {**{key: policy[key] for key in keys}, **judges}
 
     def _steps(self, roles: Roles, position: Position) -> dict[str, Any]:
         o, run, loop = self.options, self.run, self.loop
@@ -270,7 +293,17 @@ def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, Pa
     else:
         folder = options.save_dir / "heldout"
         judged = replace(packing, data=options.eval_data, save_dir=folder)
-        heldout = prepare_data(stage, judged, ALONE, valid_fraction=0).train
+        judged_source = prepare_data(stage, judged, ALONE, valid_fraction=0)
+        heldout = judged_source.valid
+        if heldout is not None:
+            print(f"--eval_data: the {len(heldout)} held-out prompts of {heldout.folder}", flush=True)
+        elif judged_source.train.fingerprint == source.train.fingerprint:
+            raise UserError(
+                f"--eval_data {judged_source.train.folder} is what is trained on, and nothing of it is held out: give "
+                "other prompts, or pack it again with --valid_fraction 0.02"
+            )
+        else:
+            heldout = judged_source.train
     for data in filter(None, (source.train, heldout)):
         check_packed_for(init, data)
     return source, heldout
@@ -309,6 +342,12 @@ def _check_judges(options: RLOptions, init: Path) -> None:
             raise UserError(
                 f"--{option} {other} has another tokenizer than {init}: train it on the same model, or give another"
             )
+
+
+def _config(init: Path) -> MiniGPTConfig:
+    """The shape of the model; its weights are read by the workers alone. Errors: ValueError naming the file."""
+    path = model_folder(init) / "config.json"
+    return config_from_hf(_read_json(path), path)
 
 
 def _encoder(init: Path) -> ChatEncoder:

@@ -32,6 +32,7 @@ from minigpt.trainer.engine import Engine, Processes, init_processes
 from minigpt.trainer.flops import training_flops
 from minigpt.trainer.loop import to_tensors
 from minigpt.trainer.options import TrainOptions
+from minigpt.trainer.reference_log_probs import weights_hash
 from minigpt.trainer.setup import compile_wanted, compute_dtype, configure_torch, load_masters
 from minigpt.trainer.sleep import Sleeper
 from minigpt.trainer.stage import StageModule, trained_layout
@@ -112,6 +113,16 @@ class Job:
         )
 
 
+def _loaded(load: Callable[[Path], T], folder: Path) -> T:
+    """A model from its folder. Errors: UserError, also for the sentences about damaged files, which are ValueErrors."""
+    try:
+        return load(folder)
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
 class Worker:
     """What all workers share: threads, device, precision, and how a batch becomes forward passes."""
 
@@ -175,6 +186,10 @@ class Worker:
     def _alone(self) -> None:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self._configure(Processes(0, 0, 1, device))
+
+    def _identity(self) -> dict[str, str] | None:
+        """The hash of the float32 weights as they were loaded, for checkpoints; one worker's is enough."""
+        return {"hash": weights_hash(self.network.state_dict())} if self.rank == 0 else None
 
     def _compiles(self, network: Any) -> bool:
         """Whether the run is long enough for this rank's share of it to be worth compiling."""
@@ -348,7 +363,7 @@ class PolicyWorker(TrainedWorker):
         job, o = self.job, self.job.options
         processes = self._join(address)
         self.stage = PolicyStage(job.name)
-        network = self.stage.network(load_masters(job.init), job.torch_options)
+        network = self.stage.network(_loaded(load_masters, job.init), job.torch_options)
         self.terms = PolicyLossTerms(
             objective=o.objective,
             clip_low=o.clip_low,
@@ -446,6 +461,7 @@ class PolicyWorker(TrainedWorker):
         found |= {
             "grad_norm": float(np.mean(norms)),
             "skipped": float(skipped),
+            "trained_tokens": labels,
             "sampler_gap_mean": gap_sum / max(1.0, gap_n),
             "sampler_gap_max": self._max_over_ranks(gaps.largest),
         }
@@ -579,7 +595,7 @@ class CriticWorker(TrainedWorker):
         processes = self._join(address)
         torch.manual_seed(o.seed)  # of a new value head
         self._make_engine(
-            _value_model(o.critic_init or o.reward_model or self.job.init),
+            _loaded(_value_model, o.critic_init or o.reward_model or self.job.init),
             value_objective(o.value_clip),
             processes,
             o.critic_learning_rate,
@@ -637,12 +653,15 @@ def _value_model(folder: Path) -> ValueModel:
 class ReferenceWorker(Worker):
     """The policy as it was at the start, frozen, in the policy's precision: the bits of its first compute copy."""
 
-    def setup(self) -> None:
-        """Load the weights."""
+    def setup(self) -> dict[str, str] | None:
+        """Load the weights; the first worker says which they are."""
         self._alone()
-        self.network = load_masters(self.job.init).to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        self.network = _loaded(load_masters, self.job.init)
+        found = self._identity()
+        self.network = self.network.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         self.network.attention_backend = self._backend
         self._forward = torch.compile(self._log_probs) if self._compiles(self.network) else self._log_probs
+        return found
 
     def _log_probs(self, **tensors: torch.Tensor) -> torch.Tensor:
         temperature = self.job.options.temperature
@@ -667,12 +686,15 @@ class ReferenceWorker(Worker):
 class RewardWorker(Worker):
     """A trained reward model."""
 
-    def setup(self) -> None:
-        """Load the weights."""
+    def setup(self) -> dict[str, str] | None:
+        """Load the weights; the first worker says which they are."""
         self._alone()
         folder = self.job.options.reward_model
         assert folder is not None
-        self.network = RewardModel.from_pretrained(folder, self.dtype).to(self.device).eval()
+        self.network = _loaded(RewardModel.from_pretrained, folder)
+        found = self._identity()
+        self.network = self.network.to(device=self.device, dtype=self.dtype).eval()
+        return found
 
     def rewards(self, batch: RolloutBatch) -> Timed[tuple[np.ndarray, np.ndarray]]:
         """The reward of this worker's share: (sequences, float32 of each)."""

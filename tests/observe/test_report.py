@@ -265,7 +265,8 @@ def rl_records(**changed: float) -> list[dict]:
             **{"accuracy": 1 - 0.8 * (1 - step / steps), "zero_variance_groups": 0.2, "truncated": 0.0, "lr": 3e-4},
             **{"response_length": 39.0, "response_length_max": 49.0, "loss": -0.01, "grad_norm": 0.2},
             **{"seconds_generate": 0.3, "seconds_update_policy": 0.5, "seconds_step": 1.0, "tokens": 100 * step},
-            **{"tokens_per_second": 4000.0, "generated_tokens_per_second": 9000.0, "seconds": float(step), **changed},
+            **{"tokens_per_second": 4000.0, "generated_tokens_per_second": 9000.0, "seconds": float(step)},
+            **{"tokens_per_second_update_policy": 7000.0, **changed},
         }
         for step in range(1, steps + 1)
     ]
@@ -299,7 +300,9 @@ def test_a_run_of_rewards_shows_held_out_accuracy_answers_and_phases_before_and_
     assert "Greedy answers to 200 prompts." in text
     assert "\n| reward |" not in text  # it is the accuracy
     assert text.index("````text\n```no idea\n````") < text.index("**after (reward 1)**") < text.index("<answer>122")
-    assert "| generate | 0.300 | 30.0 % |" in text
+    assert "| generate | 0.300 | 30.0 % | 9,000 |" in text
+    assert "| update policy | 0.500 | 50.0 % | 7,000 |" in text
+    assert "| whole step | 1.000 |  | 4,000 |" in text
     assert "| other | 0.200 | 20.0 % |" in text
     assert "final loss" not in text
     assert "not drawn: KL to the reference, Answers cut off at the limit." in text

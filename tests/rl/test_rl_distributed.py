@@ -16,7 +16,7 @@ from minigpt.errors import UserError
 from minigpt.rl import cluster
 from minigpt.rl.batch import RolloutBatch
 from minigpt.rl.delivery import Delivery
-from minigpt.rl.group import WorkerDied, WorkerGroup, place
+from minigpt.rl.group import WorkerDied, WorkerFailed, WorkerGroup, place
 from minigpt.rl.layout import Role, bundles, choose_layout, laptop
 from minigpt.rl.publish import unpack
 from minigpt.rl.roles import CLASSES, Roles
@@ -305,12 +305,18 @@ def stubborn() -> type:
             import os
             import time
 
+            from minigpt.errors import UserError
+
             if how[self.rank] == "die":
                 os._exit(1)
             if how[self.rank] == "hang":
                 time.sleep(1000)
             if how[self.rank] == "fail":
                 raise RuntimeError("connection reset by peer")
+            if how[self.rank] == "wrong":
+                raise ValueError("cannot reshape")
+            if how[self.rank] == "refuse":
+                raise UserError("give another file")
             return self.rank
 
     return Stubborn
@@ -322,9 +328,14 @@ def stubborn() -> type:
         (["work", "hang"], UserError, "policy worker 1 did not finish to behave within 6 s"),
         (["hang", "die"], WorkerDied, "policy worker 1 died"),
         (["fail", "die"], WorkerDied, "policy worker 1 died"),
-        (["hang", "fail"], RuntimeError, "connection reset by peer"),
+        (["hang", "fail"], WorkerFailed, "policy worker 1 failed to behave: RuntimeError: connection reset by peer"),
+        (["wrong", "work"], WorkerFailed, "policy worker 0 failed to behave: ValueError: cannot reshape"),
+        (["work", "refuse"], UserError, "^give another file$"),
     ],
-    ids=["one hangs", "one dies while the other waits for it", "the death comes before what it caused", "one fails"],
+    ids=[
+        *("one hangs", "one dies while the other waits for it", "the death comes before what it caused", "one fails"),
+        *("a ValueError is nobody's input", "one refuses"),
+    ],
 )
 def test_no_wait_hangs_and_a_death_is_told_as_one(how, error, sentence):
     layout = {**laptop(), "policy": Role(workers=2)}

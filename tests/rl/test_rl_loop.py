@@ -7,25 +7,30 @@ import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import ray
 import tiny_rewards
 import torch
 from tiny_rl import STOP_IDS, Call, InlineGroup, make_job, plain_forward, write_world
 
+from data_prep.pack import PackOptions, pack
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import PackedDataset
 from minigpt.errors import UserError
+from minigpt.model.hf import load_hf_folder
+from minigpt.model.model_critic import RewardModel
 from minigpt.rl import cluster
 from minigpt.rl.batch import RolloutBatch
 from minigpt.rl.loop import Loop, Position
-from minigpt.rl.options import PPOOptions
+from minigpt.rl.options import GRPOOptions, PPOOptions
 from minigpt.rl.prompts import PromptSource
 from minigpt.rl.reward_pool import RewardPool
 from minigpt.rl.roles import Roles
-from minigpt.rl.run import RLStage, _check_judges, _prompts
+from minigpt.rl.run import RLStage, _check_judges, _config, _prompts
+from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.setup import load_masters
 
 pytestmark = pytest.mark.slow
@@ -53,6 +58,15 @@ def pools():
     yield made
     for pool in made.values():
         pool.close()
+
+
+@pytest.fixture(scope="module")
+def reward_model(world, tmp_path_factory) -> Path:
+    """One that knows nothing: a new head on the policy's transformer."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("reward") / "reward"
+    RewardModel.from_decoder(load_masters(world / "sft")).save_pretrained(folder, tokenizer_folder=None)
+    return folder
 
 
 class Run:
@@ -256,9 +270,88 @@ def test_dynamic_sampling_of_single_answers_is_refused():
         PPOOptions(samples_per_prompt=1, dynamic_sampling=1)
 
 
+REFUSED = {"warmup_ratio": 3.0, "min_lr_ratio": 5.0, "beta1": 1.0, "beta2": -0.1, "learning_rate": math.inf}
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED.items(), ids=REFUSED)
+@pytest.mark.parametrize("kind", [GRPOOptions, PPOOptions])
+def test_what_other_stages_refuse_is_refused_in_the_same_words(kind, name, value):
+    sentences = set()
+    for options in (kind, TrainOptions):
+        with pytest.raises(UserError, match=f"--{name} is ") as refused:
+            options(**{name: value})
+        sentences.add(str(refused.value))
+    assert len(sentences) == 1
+
+
 def optimizer_steps(run: Run) -> int:
     engine = run.roles.groups["policy"].worker.engine
     return engine._engine.global_steps
+
+
+# ------------------------------------------------------------------------------------------- tokens a second, turns
+
+
+def test_every_phase_of_a_model_tells_its_answer_tokens_a_second(start):
+    """The policy's are those that it learned from; groups of equal rewards were left out of its update."""
+    run = start("sometimes", learning_rate=1e-3)
+    first = next(k for k in range(100) if 0 < [run.teaches(j) for j in range(k, k + PROMPTS)].count(True) < PROMPTS)
+    run.loop.position.prompts = first
+    metrics = run.loop.step()
+    (drawn,), (learned,) = run.values("rollout", "generate"), run.learned
+    assert metrics["trained_tokens"] == learned.answer_lens.sum() < drawn.answer_lens.sum()
+    assert run.loop.position.tokens == drawn.answer_lens.sum()
+    computed = run.roles.clock.computed
+    assert metrics["tokens_per_second_update_policy"] * computed["update_policy"] == pytest.approx(
+        learned.answer_lens.sum()
+    )
+    assert metrics["tokens_per_second"] * metrics["seconds_step"] == pytest.approx(drawn.answer_lens.sum())
+
+
+def test_a_phase_of_several_epochs_counts_its_tokens_as_often(start, reward_model):
+    options = {"name": "ppo", "kl_coefficient": 0.1, "update_epochs": 3, "minibatches": 2, "reward_model": reward_model}
+    run = start("letters", **options)
+    metrics = run.loop.step()
+    (drawn,) = run.values("rollout", "generate")
+    once = ("reference_log_probs", "policy_log_probs", "values", "reward_model")
+    for phase, times in {**dict.fromkeys(once, 1), "update_policy": 3, "update_critic": 3}.items():
+        found = metrics[f"tokens_per_second_{phase}"] * run.roles.clock.computed[phase]
+        assert found == pytest.approx(times * drawn.answer_lens.sum()), phase
+
+
+class Watched(InlineGroup):
+    """Knows which roles hold their memory: from the call that loads or wakes one until its sleep was waited for."""
+
+    awake: ClassVar[set[str]] = set()
+    most: ClassVar[list[str]] = []
+    loaded: ClassVar[list[str]] = []
+
+    def all(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
+        if method in ("setup", "wake"):
+            self.awake.add(self.role)
+            Watched.most = max(self.most, sorted(self.awake), key=len)
+        if method == "setup":
+            self.loaded.append(self.role)
+        return super().all(method, *arguments)
+
+    def wait(self, references: Any, what: str) -> list[Any]:
+        found = super().wait(references, what)
+        if what == "sleep":
+            self.awake.remove(self.role)
+        return found
+
+
+@pytest.mark.parametrize("sleep", [True, False])
+def test_roles_that_take_turns_load_one_after_the_other(start, reward_model, monkeypatch, sleep):
+    """A start takes the memory of the largest role, as a step does, not of all together."""
+    monkeypatch.setattr("minigpt.rl.roles.WorkerGroup", Watched)
+    for name, empty in (("awake", set()), ("most", []), ("loaded", [])):
+        monkeypatch.setattr(Watched, name, empty)
+    run = start("letters", name="ppo", kl_coefficient=0.1, reward_model=reward_model, sleep=sleep)
+    assert sorted(Watched.loaded) == ["critic", "policy", "reference", "reward", "rollout"]
+    assert len(Watched.most) == (1 if sleep else 5), Watched.most
+    run.loop.step()
+    assert len(Watched.most) == (1 if sleep else 5), Watched.most
 
 
 # -------------------------------------------------------------------------------------------------------------- overlap
@@ -395,6 +488,33 @@ def test_every_record_of_a_raw_file_for_evaluation_is_asked(world):
     _, heldout = _prompts(RLStage("grpo"), options, world / "sft")
     assert heldout is not None
     assert len(heldout) == len(raw.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_controller_knows_the_shape_of_a_model_without_its_weights(world, tmp_path):
+    hf = tmp_path / "run" / "hf"
+    hf.mkdir(parents=True)
+    shutil.copy(world / "sft" / "hf" / "config.json", hf)
+    assert _config(tmp_path / "run") == load_hf_folder(world / "sft" / "hf")[0]
+    (hf / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: a JSON object was expected"):
+        _config(tmp_path / "run")
+
+
+def test_a_packed_folder_for_evaluation_gives_its_held_out_split(world, tmp_path, capsys):
+    """So the folder that is trained on can be given as it is; of another one without such a split all is asked."""
+    both = make_job(world / "sft", eval_data=[world / "prompts"], data=[world / "prompts"]).options
+    source, heldout = _prompts(RLStage("grpo"), both, world / "sft")
+    assert (source.train.split, heldout.split) == ("train", "valid")
+    assert len(heldout) < len(source.train)
+    assert f"the {len(heldout)} held-out prompts of {world / 'prompts'}" in capsys.readouterr().out
+    raw = world / "microworld" / "heldout_sums.jsonl"
+    pack(PackOptions(stage="prompt", input=[raw], output=tmp_path / "exam", seq_len=64, workers=1, valid_fraction=0))
+    other = make_job(world / "sft", eval_data=[tmp_path / "exam"], data=[world / "prompts"]).options
+    _, heldout = _prompts(RLStage("grpo"), other, world / "sft")
+    assert len(heldout) == len(raw.read_text(encoding="utf-8").splitlines())
+    trained = make_job(world / "sft", eval_data=[tmp_path / "exam"], data=[tmp_path / "exam"]).options
+    with pytest.raises(UserError, match=r"--eval_data .*exam is what is trained on, and nothing of it is held out"):
+        _prompts(RLStage("grpo"), trained, world / "sft")
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(world, tmp_path):

@@ -11,6 +11,7 @@ import tiny_rewards
 import torch
 from tiny_rl import InlineGroup, metrics_of, run_here, write_world
 
+from minigpt.model.model_critic import RewardModel
 from minigpt.rl import cluster
 from minigpt.rl.group import WorkerGroup
 from minigpt.rl.layout import Layout
@@ -50,17 +51,17 @@ def our_ray():
     cluster.disconnect()
 
 
-def train(world: Path, folder: Path, *options: str) -> None:
+def train(world: Path, folder: Path, *options: str) -> int:
     reward = f"--reward={Path(tiny_rewards.__file__)}:letters"
     places = [f"--data={world / 'prompts'}", f"--init={world / 'sft'}", f"--save_dir={folder}"]
-    assert run_here("train", "ppo", *places, reward, *OPTIONS, *options) == 0
+    return run_here("train", "ppo", *places, reward, *OPTIONS, *options)
 
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory) -> Path:
     """Never interrupted, one rank."""
     folder = tmp_path_factory.mktemp("whole") / "ppo"
-    train(world, folder, *ADAPTIVE)
+    assert train(world, folder, *ADAPTIVE) == 0
     return folder
 
 
@@ -125,7 +126,7 @@ def test_while_the_critic_warms_up_it_alone_learns(whole, world):
 
 def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(whole, world, tmp_path, capsys):
     run = interrupted(whole, tmp_path / "ppo", 3)
-    train(world, run, *ADAPTIVE)
+    assert train(world, run, *ADAPTIVE) == 0
     assert "at step 3 of 6" in capsys.readouterr().out
     for folder, other in ((run, whole), (run / "critic", whole / "critic")):
         ours, theirs = (engine_state(one, STEPS) for one in (folder, other))
@@ -142,7 +143,7 @@ def test_a_damaged_checkpoint_of_the_critic_is_passed_over_with_the_policys(whol
     run = interrupted(whole, tmp_path / "ppo", STEPS - 1)
     (damaged, *_) = checkpoint(run / "critic", STEPS - 1).rglob("*model_states.pt")
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    train(world, run, *ADAPTIVE)
+    assert train(world, run, *ADAPTIVE) == 0
     said = capsys.readouterr().out
     assert f"{damaged} is damaged" in said
     assert f"at step {STEPS - 2} of {STEPS}" in said
@@ -153,16 +154,50 @@ def test_a_damaged_checkpoint_of_the_critic_is_passed_over_with_the_policys(whol
 def test_a_resumed_run_goes_on_with_the_kl_coefficient_that_is_asked_for_now(whole, world, tmp_path, capsys):
     """Unless a target adapts it, an option is what it says, not what the checkpoint remembers."""
     run = interrupted(whole, tmp_path / "ppo", STEPS - 1)
-    train(world, run, "--kl_coefficient=0.7")
+    assert train(world, run, "--kl_coefficient=0.7") == 0
     assert "--kl_coefficient was 0.2 before the interruption and is 0.7 now" in capsys.readouterr().out
     assert metrics_of(run)[-1]["kl_coefficient"] == 0.7
+
+
+def trained_again(model: Path, copy: Path) -> Path:
+    """The run with a weight that is another one, as after `--overwrite`."""
+    shutil.copytree(model, copy)
+    (path,) = copy.glob("*.pth")
+    weights = torch.load(path, weights_only=True)
+    weights["model.norm.weight"][0] += 1e-3
+    torch.save(weights, path)
+    return copy
+
+
+def test_a_run_does_not_go_on_against_another_reference(whole, world, tmp_path, capsys):
+    """The policy would come from the checkpoint and the reference from weights that it was never near to."""
+    run = interrupted(whole, tmp_path / "ppo", STEPS - 1)
+    init = f"--init={trained_again(world / 'sft', tmp_path / 'sft')}"
+    assert train(world, run, *ADAPTIVE, init) == 1
+    assert "was trained against other weights than those that --init gives now" in capsys.readouterr().err
+    assert train(world, run, "--kl_coefficient=0", init) == 0, "nothing is compared with the reference"
+
+
+def test_a_run_does_not_go_on_with_a_reward_model_that_was_trained_again(world, tmp_path, capsys):
+    reward = tmp_path / "reward"
+    model = RewardModel.from_decoder(load_masters(world / "sft"))
+    model.save_pretrained(reward / "hf", tokenizer_folder=None)
+    torch.save(model.state_dict(), reward / "reward_32.pth")
+    common = ["--kl_coefficient=0", "--max_steps=2"]
+    assert train(world, tmp_path / "ppo", *common, f"--reward_model={reward}") == 0
+    run = interrupted(tmp_path / "ppo", tmp_path / "again", 1)
+    other = trained_again(reward, tmp_path / "other")
+    assert train(world, run, *common, f"--reward_model={other}") == 1
+    sentence = "was rewarded by other weights than those that --reward_model gives now"
+    assert sentence in capsys.readouterr().err
+    assert train(world, run, *common, f"--reward_model={reward}") == 0
 
 
 def test_two_ranks_of_policy_and_critic_learn_what_one_does(whole, world, tmp_path):
     layout = tmp_path / "layout.yaml"
     layout.write_text("policy: {workers: 2, threads: 1}\ncritic: {workers: 2, threads: 1}\n")
     run = tmp_path / "ppo"
-    train(world, run, *ADAPTIVE, f"--layout={layout}")
+    assert train(world, run, *ADAPTIVE, f"--layout={layout}") == 0
     for ours, theirs in zip(metrics_of(run), metrics_of(whole), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in without_times(theirs).items():

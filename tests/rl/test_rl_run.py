@@ -4,6 +4,7 @@ however often they are disturbed, and say in a sentence what is wrong."""
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,53 @@ def test_a_hanging_reward_counts_as_a_failure(world, tmp_path, capsys):
     assert line["reward_failures"] == 2
     assert line["reward"] == 0
     assert "took more than 0.5 s" in capsys.readouterr().out
+
+
+FAILING = """
+import sys
+from minigpt import cli
+from minigpt.rl.roles import CLASSES
+from minigpt.rl.workers import PolicyWorker
+
+class Failing(PolicyWorker):
+    def update(self, *arguments):
+        return self.deep_inside(0)
+
+    def deep_inside(self, count):
+        raise ValueError(f"the mean of {count} answers")
+
+CLASSES["policy"] = Failing
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_workers_traceback_reaches_the_person_line_by_line(world, tmp_path):
+    """A ValueError in an actor is nobody's input: it does not pass for a sentence about it."""
+    options = ["--prompts_per_step=1", "--samples_per_prompt=2", "--max_steps=1", "--eval_prompts=1"]
+    command = arguments(world, "grpo", tmp_path / "run", "letters", *options)
+    done = subprocess.run([sys.executable, "-c", FAILING, *command], capture_output=True, text=True)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    (begin,) = (i for i, line in enumerate(lines) if line.startswith("ray::Failing.update()"))
+    shown = lines[begin:]
+    assert any(line.endswith(", in update") for line in shown)
+    assert any(line.endswith(", in deep_inside") for line in shown)
+    assert shown[-2:] == [
+        "ValueError: the mean of 0 answers",
+        "error: policy worker 0 failed to update: ValueError: the mean of 0 answers; its traceback stands above",
+    ]
+    assert "\x1b" not in done.stderr
+
+
+def test_weights_that_are_damaged_are_one_sentence(world, tmp_path, capsys):
+    """They are read by the workers; what is wrong with them is the person's to mend."""
+    init = shutil.copytree(world / "sft", tmp_path / "sft")
+    weights_file = init / "hf" / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1000])
+    assert run_here(*arguments(world, "grpo", tmp_path / "run", "letters", f"--init={init}")) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {weights_file.resolve()}: not a whole safetensors file")
+    assert "\n" not in error
 
 
 WRONG = {
