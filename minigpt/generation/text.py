@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 REPLACEMENT = "\ufffd"
+INCOMPLETE_BYTES = 3  # of UTF-8 are at most a character without its end
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Decode = Callable[[Sequence[int]], str]
 
@@ -28,7 +30,7 @@ class TextStream:
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
-        self._pending: list[int] = []  # ids since the last character boundary
+        self._pending: list[int] = []  # ids since the last character boundary, or the last ones of them
         self._shown = 0  # characters of the pending ids' text that were given out
 
     def push(self, token_id: int) -> str:
@@ -45,7 +47,16 @@ class TextStream:
         self._shown = len(certain)
         if complete:
             self._pending, self._shown = [], 0
+        elif len(self._pending) > INCOMPLETE_BYTES:  # a run of broken bytes must not get slower and slower
+            self._let_go()
         return new
+
+    def _let_go(self) -> None:
+        """Keeps the last ids in which an incomplete character can have begun. Where they are the end of another one,
+        their text begins otherwise than it did, but those characters were given out."""
+        with_bytes = (token for token in reversed(self._pending) if self._decode([token]))
+        self._pending = list(islice(with_bytes, INCOMPLETE_BYTES))[::-1]
+        self._shown = len(self._decode(self._pending)) - 1
 
     def flush(self) -> str:
         """Returns what is left at the end, an incomplete character as U+FFFD."""

@@ -310,7 +310,7 @@ def test_new_weights_between_two_tokens_make_all_that_older_ones_computed_unreac
 
 
 def test_good_weights_behind_broken_ones_find_nothing_of_them_in_the_cache(make_model, computed_by):
-    """NaN keys and values of a diverged policy must not reach who gets the slots later, not even times a weight of 0."""
+    """NaN keys and values of a diverged policy must not reach who gets the slots later, not even times a weight 0."""
     model, prompts = make_model(), prompts_of([5, 9, 30])
     good = {name: p.detach().clone() for name, p in model.named_parameters()}
     params = SamplingParams(max_new_tokens=40, temperature=0.8, seed=3)

@@ -48,6 +48,52 @@ def test_random_token_sequences_stream_to_the_same_text_as_decoded_at_once():
         assert "".join(pieces_of(ids)) == encoder.decode(ids)
 
 
+CONTROL = encoder.im_end_id  # it has no bytes
+RUNS = {
+    "continuations": [0x80],
+    "beginnings": [0xE4],
+    "beginnings of four": [0xF0, 0x9F, 0x98],
+    "never valid": [0xFF],
+    "too long forms": [0xE0, 0x80],
+    "a real U+FFFD and half of one": [0xEF, 0xBF, 0xBD, 0xEF, 0xBF],
+    "halves that begin behind each other": [0x80, 0xF0, 0x9F, 0x98, 0x80, 0x80],
+}
+
+
+@pytest.mark.parametrize("with_controls", [False, True])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_long_runs_of_broken_bytes_are_the_same_text_and_get_no_slower(run, with_controls):
+    ids = [byte_token(0xE4), *[byte_token(byte) for byte in run] * 300, *byte_ids("你好")]
+    if with_controls:
+        ids = [i for token in ids for i in (token, *[CONTROL] * 5)]
+    sizes = []
+
+    def counting(some) -> str:
+        sizes[-1] += len(some)
+        return encoder.decode(some)
+
+    stream, shown = TextStream(counting), ""
+    for token in ids:
+        sizes.append(0)
+        shown += stream.push(token)
+    sizes.append(0)
+    assert shown + stream.flush() == encoder.decode(ids)
+    assert max(sizes) <= 40
+    in_pieces = TextStream(encoder.decode)
+    text = "".join(in_pieces.extend(ids[i : i + 7]) for i in range(0, len(ids), 7))
+    assert text + in_pieces.flush() == encoder.decode(ids)
+
+
+def test_tokens_that_end_one_character_and_begin_the_next_are_shown_and_forgotten_too():
+    """No boundary between two of them is one between characters."""
+    stream, decoded = TextStream(lambda ids: b"".join(map(pieces.__getitem__, ids)).decode("utf-8", "replace")), []
+    pieces = {0: b"\xe4\xbd", 1: b"\xa0\xe4\xbd", 2: b"\xa0"}
+    for token in [0, *[1] * 500, 2]:
+        decoded.append(stream.push(token))
+        assert len(stream._pending) <= 4
+    assert decoded == ["", *["你"] * 501]
+
+
 def test_text_is_shown_as_early_as_possible():
     ids = encoder.encode_text("The cat sat on the mat. 猫坐在垫子上。")
     stream = TextStream(encoder.decode)
