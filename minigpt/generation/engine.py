@@ -832,10 +832,10 @@ def generate(
         return []
     slots = batch_size if batch_invariant else min(batch_size, len(texts))
     engine = Engine(model, slots=slots, prefix_cache_tokens=0, batch_invariant=batch_invariant)
-    same: dict[tuple, list[int]] = {}
+    same: dict[tuple[SamplingParams | int, ...], list[int]] = {}
     for i, (ids, p) in enumerate(zip(texts, settings, strict=True)):
         engine.check(ids, p, decode=decode, name=f"prompt {i}")
-        same.setdefault((id(p), *ids), []).append(i)
+        same.setdefault((p, *ids), []).append(i)
     completions: dict[int, Completion] = {}
     for indices in same.values():
         first = indices[0]
@@ -893,7 +893,7 @@ def generate_ids(
     Greedy as in transformers, unless `do_sample=True` or one of temperature (above 0), top_k, top_p and min_p is given.
 
     Args:
-        model: In any mode; restored afterwards.
+        model: In training or evaluation mode; it is only read.
         input_ids: int64 [B, T].
         max_new_tokens: Most tokens to add; fewer when the context is used up.
         do_sample: True samples, False is greedy, None decides as said above.
@@ -932,9 +932,10 @@ def generate_ids(
     prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     completions = generate(model, prompts, params)
     pad = pad_token_id if pad_token_id is not None else (eos[-1] if eos else 0)
-    longest = max(len(c.ids) for c in completions)
+    longest = max((len(c.ids) for c in completions), default=0)
     new = [c.ids + [pad] * (longest - len(c.ids)) for c in completions]
-    return torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+    new_ids = torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device).view(len(new), longest)
+    return torch.cat([input_ids, new_ids], dim=1)
 
 
 def stop_token_ids(model: MiniGPT) -> tuple[int, ...]:

@@ -45,7 +45,8 @@ class Judge:
         Raises:
             ValueError: for an empty prompt or answer, or texts longer than the model's context.
         """
-        return torch.stack([values[-1] for values in self.values(prompt_ids, answers)])
+        last = [values[-1] for values in self.values(prompt_ids, answers)]
+        return torch.stack(last) if last else torch.zeros(0, device=self.decoder.device)
 
     @torch.inference_mode()
     def values(self, prompt_ids: Sequence[int], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -246,6 +246,7 @@ class _TextAnswer(_ChatAnswer):
 async def _answer(served: Served, request: Request, asked: _ChatAnswer) -> Response:
     """Runs a request on the engine and answers it, whole or in pieces."""
     worker, sequences = served.worker, asked.n * asked.prompts
+    worker.check_room(sequences)  # before the texts become tokens, which is work
     try:
         long = int(request.headers.get("content-length", MAX_BODY_BYTES)) > SHORT_BODY_BYTES
         if long or served.encoder.template is not None:

@@ -176,8 +176,17 @@ class EngineWorker:
         """Lets `run` return after the step that is under way."""
         self._inbox.put(None)
 
-    def reserve(self, sequences: int, param: str = "n") -> None:
+    def reserve(self, sequences: int) -> None:
         """Room for so many sequences.
+
+        Raises:
+            ApiError: as `check_room`.
+        """
+        self.check_room(sequences)
+        self.in_flight += sequences
+
+    def check_room(self, sequences: int) -> None:
+        """Whether so many sequences would be taken now.
 
         Raises:
             ApiError: 400 when there could never be enough, 429 when there is not enough now.
@@ -186,7 +195,7 @@ class EngineWorker:
             raise ApiError("the server is ending", status=503)
         if sequences > self.capacity:
             raise ApiError(
-                f"{sequences} texts in one request; this server takes at most {self.capacity} at once", param=param
+                f"{sequences} texts in one request; this server takes at most {self.capacity} at once", param="n"
             )
         if self.in_flight + sequences > self.capacity:
             raise ApiError(
@@ -195,7 +204,6 @@ class EngineWorker:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
             )
-        self.in_flight += sequences
 
     async def submit(self, job: Job) -> None:
         """Hands a job to the engine; its room must be reserved.

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from minigpt.generation.decoder import Decoder
 from minigpt.generation.engine import Completion, generate, generate_ids, stream
 from minigpt.generation.sampling import SamplingParams
 
@@ -158,6 +159,27 @@ def test_log_probs_equal_the_full_forward_pass_and_behaviour_the_filtered_distri
         assert (filtered - full).max() > 0.01
 
 
+def test_equal_prompts_with_equal_params_are_read_once_whoever_made_the_params(model, monkeypatch):
+    read, hidden = [], Decoder.hidden
+
+    def counting(decoder, ids_N, positions_N, attend):
+        if not attend.__qualname__.startswith(("Engine._attend", "attend_together")):
+            read.append(len(ids_N))
+        return hidden(decoder, ids_N, positions_N, attend)
+
+    monkeypatch.setattr(Decoder, "hidden", counting)
+    prompt, other = prompts_of([20, 20])
+    settings = [SamplingParams(max_new_tokens=9, seed=4, stop_token_ids=(1,), logit_bias={7: 1.0}) for _ in range(3)]
+    biased = SamplingParams(max_new_tokens=9, seed=4, stop_token_ids=(1,), logit_bias={7: 2.0})
+    prompts, settings = [prompt, prompt, other, prompt], [*settings, biased]
+    together = generate(model, prompts, settings)
+    assert sum(read) == 3 * 20, "the first two share it, the last has another bias"
+    alone = [
+        generate(model, [ids], p, sequence_ids=[i]) for i, (ids, p) in enumerate(zip(prompts, settings, strict=True))
+    ]
+    assert [c.ids for c in together] == [c.ids for (c,) in alone]
+
+
 def test_bfloat16_models_generate(model):
     import copy
 
@@ -252,6 +274,11 @@ def test_generate_ids_returns_prompt_and_new_ids_padded_behind_the_end(model):
         end = new.index(stop) + 1 if stop in new else 30
         assert row[8:] == new[:end] + [96] * (out.shape[1] - 8 - end)
         assert row[:8] == reference[:8]
+
+
+def test_no_prompts_are_continued_by_nothing(model):
+    nothing = torch.zeros(0, 8, dtype=torch.int64)
+    assert torch.equal(model.generate(nothing, max_new_tokens=30), nothing)
 
 
 def test_generate_is_greedy_unless_asked_to_sample(model):

@@ -33,6 +33,13 @@ def test_rewards_and_values_equal_the_whole_texts_through_the_model(make_model, 
         assert (found - whole).abs().max() <= 1e-5
 
 
+def test_no_answers_have_no_rewards_and_no_values(make_model):
+    trunk = make_model()
+    rewards = Judge(RewardModel.from_decoder(trunk)).rewards([1, 2], [])
+    assert (rewards.shape, rewards.dtype) == ((0,), torch.float32)
+    assert Judge(ValueModel.from_decoder(trunk)).values([1, 2], []) == []
+
+
 def test_the_prompt_is_read_once(make_model):
     scorer = Judge(RewardModel.from_decoder(make_model()))
     sizes, hidden = [], scorer.decoder.hidden

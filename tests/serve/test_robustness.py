@@ -219,11 +219,14 @@ def test_overload_is_told_at_once_and_passes(server):
         assert status == 429
         assert headers["Retry-After"] == "1"
         assert answer["error"]["code"] == "rate_limit_exceeded"
+        too_long = {"prompt": "a b " * CONTEXT}
+        assert post(connection, TEXT, too_long)[0] == 429, "before anybody reads it"
         assert json.loads(server.get("/health"))["status"] == "ok"
         for one in crowd:
             one.close()
         assert wait_until(lambda: server.metric("minigpt_sequences_in_flight") == 0, tries=40)
         assert post(connection, CHAT, {"messages": HELLO, "max_tokens": 1})[0] == 200
+        assert post(connection, TEXT, too_long)[0] == 400
         status, _, answer = post(connection, TEXT, {"prompt": ["a"] * 64, "n": 8, "max_tokens": 1})
         assert status == 400  # more than there could ever be room for
         assert "at most 128" in answer["error"]["message"]
