@@ -54,6 +54,7 @@ from minigpt.dataset.shards import (
     write_manifest,
 )
 from minigpt.errors import UserError
+from minigpt.system import usable_cores
 
 CHUNK_BYTES = 4 << 20
 SPLITS = ("train", "valid")
@@ -105,7 +106,7 @@ class PackOptions:
     output: Path
     tokenizer: Path | None = None
     seq_len: int = 512
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = field(default_factory=usable_cores)
     valid_fraction: float = 0.01
     seed: int = 0
     on_bad_record: Literal["error", "skip"] = "error"

@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from minigpt.errors import UserError
-from minigpt.files import sync
+from minigpt.system import sync
 
 FORMAT = "minigpt-arrow"
 VERSION = 1

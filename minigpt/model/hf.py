@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minigpt.files import sync
+from minigpt.system import sync
 
 if TYPE_CHECKING:
     from minigpt.model.model_minigpt import DecoderModel, MiniGPTConfig

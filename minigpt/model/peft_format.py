@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minigpt.errors import UserError
-from minigpt.files import sync
+from minigpt.system import sync
 
 from .model_lora import DEFAULT_ADAPTER, LoRA, LoRAConfig, adapter_names, add_adapter, find_targets, lora_layers
 

@@ -21,8 +21,8 @@ from minigpt.observe.hardware import (
     gpu_descriptions,
     memory_bytes,
     package_version,
-    usable_cores,
 )
+from minigpt.system import usable_cores
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 MINIMUM_PYTHON = (3, 11)

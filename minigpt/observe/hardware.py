@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minigpt.system import read_cgroup, usable_cores
+
 if TYPE_CHECKING:
     import torch
 
@@ -169,29 +171,11 @@ def cpu_bf16_units() -> list[str]:
     return [name for flag, name in names.items() if flag in flags]
 
 
-def usable_cores() -> int:
-    """CPU cores this process may use: its affinity, cut down to a container's quota (at least 1)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _read_cgroup("cpu.max", "cpu/cpu.cfs_quota_us").split()
-    if not quota or not quota[0].isdigit():  # "max" or "-1": no quota
-        return cores
-    period = quota[1] if len(quota) > 1 else _read_cgroup("cpu/cpu.cfs_period_us") or "100000"
-    return max(1, min(cores, round(int(quota[0]) / int(period))))
-
-
 def memory_bytes() -> int:
     """Memory this process may fill: the machine's, or a container's limit."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _read_cgroup("memory.max", "memory/memory.limit_in_bytes")
+    limit = read_cgroup("memory.max", "memory/memory.limit_in_bytes")
     return min(installed, int(limit)) if limit.isdigit() else installed
-
-
-def _read_cgroup(*names: str) -> str:
-    for name in names:
-        path = Path("/sys/fs/cgroup", name)
-        if path.is_file():
-            return path.read_text().strip()
-    return ""
 
 
 def gpu_descriptions() -> list[dict[str, Any]]:

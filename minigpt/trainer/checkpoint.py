@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from minigpt.errors import UserError
-from minigpt.files import sync
+from minigpt.system import sync
 
 from .engine import Engine
 

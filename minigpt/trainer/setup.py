@@ -18,6 +18,7 @@ from minigpt.dataset.shards import MANIFEST, PackedDataset, tokenizer_hash
 from minigpt.errors import UserError
 from minigpt.model.hf import special_token_ids
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+from minigpt.system import usable_cores
 
 from .checkpoint import STATE, list_checkpoints
 from .engine import Processes
@@ -40,7 +41,7 @@ def configure_torch(options: TrainOptions, processes: Processes) -> None:
     """Threads, seeds and determinism of this process."""
     if processes.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size))
-        torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(options.threads or max(1, usable_cores() // local))
         _keep_freed_memory()
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high" if processes.device.type == "cuda" else "highest")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from minigpt.errors import UserError
-from minigpt.files import sync
 from minigpt.model.model_minigpt import MiniGPT
+from minigpt.system import sync
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -21,8 +21,8 @@ from minigpt.observe.hardware import (
     peak_flops,
     probe_machine,
     summarise_hardware,
-    usable_cores,
 )
+from minigpt.system import usable_cores
 
 # No CPU core issues more than two 512-bit AMX-like tile products a cycle: 2,048 bf16 FLOPs, at no more than 7 GHz.
 FASTEST_CORE = 2048 * 7e9
@@ -55,7 +55,7 @@ def test_memory_is_the_machine_s_or_a_container_s_smaller_limit():
 def test_cores_follow_the_affinity_of_the_process():
     script = """
 import os
-from minigpt.observe.hardware import usable_cores
+from minigpt.system import usable_cores
 print(usable_cores())
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 print(usable_cores())
@@ -64,6 +64,50 @@ print(usable_cores())
     all_cores, one = (int(line) for line in output.split())
     assert all_cores == usable_cores() <= psutil.cpu_count()
     assert one == 1
+
+
+QUOTAS = [
+    ({"cpu.max": "max 100000"}, 4),
+    ({"cpu.max": "20000 100000"}, 1),
+    ({"cpu.max": "100000 100000"}, 1),
+    ({"cpu.max": "120000 100000"}, 2),
+    ({"cpu.max": "75000 25000"}, 3),
+    ({"cpu.max": "900000 100000"}, 4),
+    ({"cpu/cpu.cfs_quota_us": "-1"}, 4),
+    ({"cpu/cpu.cfs_quota_us": "110000", "cpu/cpu.cfs_period_us": "50000"}, 3),
+]
+
+
+@pytest.mark.parametrize(("files", "cores"), QUOTAS)
+def test_a_container_s_quota_counts_rounded_up_to_whole_cores(files, cores, tmp_path, monkeypatch):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    monkeypatch.setattr("minigpt.system.CGROUP", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert usable_cores() == cores
+    assert describe_hardware()["cores"] == cores
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 3), (2, 1), (8, 1)])
+def test_training_and_packing_take_no_more_threads_than_the_quota(processes, threads, tmp_path, monkeypatch):
+    from data_prep.pack import PackOptions
+    from minigpt.trainer.engine import Processes
+    from minigpt.trainer.options import TrainOptions
+    from minigpt.trainer.setup import configure_torch
+
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    monkeypatch.setattr("minigpt.system.CGROUP", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    before = torch.get_num_threads()
+    try:
+        configure_torch(TrainOptions(), Processes(0, 0, processes, torch.device("cpu")))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert PackOptions("pretrain", [tmp_path], tmp_path).workers == 3
 
 
 @pytest.mark.parametrize(
