@@ -4,7 +4,7 @@ nothing left behind by either.
 Every process of a cluster inherits a mark in its environment; what carries it has to be gone at the end.
 """
 
-import contextlib
+import json
 import os
 import re
 import shutil
@@ -14,19 +14,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
-from tiny_rl import write_world
+from tiny_rl import MARK, marked, wait_until, write_world
 
 from minigpt import cli
 from minigpt.errors import UserError
@@ -37,28 +35,8 @@ from minigpt.rl.submit import SubmitOptions, submit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCH = REPOSITORY / "launch"
-MARK = "MINIGPT_TEST_MARK"
 
 pytestmark = pytest.mark.slow
-
-
-def marked(mark: str) -> list[str]:
-    """The command lines of the processes that carry a mark."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # it ended while we looked, or is not ours to look at
-            if process.environ().get(MARK) == mark:
-                found.append(" ".join(process.cmdline()))
-    return found
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def free_port() -> int:
@@ -144,8 +122,9 @@ class Cluster(Scripts):
     def job_server(self) -> str:
         return re.search(r"^  \./launch/ray_submit\.sh --address (\S+) -- ", self.printed, re.MULTILINE)[1]
 
-    def submit(self, *command: str) -> subprocess.Popen[str]:
-        return self.start("ray_submit.sh", "--address", self.job_server, "--working_dir", "code", "--", *command)
+    def submit(self, *command: str, working_dir: Path = Path("code")) -> subprocess.Popen[str]:
+        where = ["--address", self.job_server, "--working_dir", str(working_dir)]
+        return self.start("ray_submit.sh", *where, "--", *command)
 
 
 def make_checkout(folder: Path) -> None:
@@ -561,6 +540,45 @@ def test_a_run_whose_roles_are_on_two_nodes_ends_with_the_bits_of_one_on_one(clu
         capture_output=True,
     )
     assert "at step 2 of 3" in done.stdout, done.stdout + done.stderr
+
+
+def checkout_of_ours(folder: Path) -> Path:
+    """A checkout of this repository's code that differs from what is installed here: what runs in a job can be told."""
+    listed = ["git", "ls-files", "minigpt", "data_prep", "ds_configs"]
+    for name in subprocess.run(listed, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, folder / name)
+    with (folder / "minigpt" / "rl" / "run.py").open("a") as file:
+        file.write("\nprint('the controller is', __file__, flush=True)\n")
+    with (folder / "minigpt" / "rl" / "workers.py").open("a") as file:  # of which summary.json tells
+        file.write("\nPolicyWorker.describe = lambda self: {**TrainedWorker.describe(self), 'parameters': 4242}\n")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    subprocess.run(["git", "add", "."], cwd=folder, check=True)
+    return folder
+
+
+def test_a_submitted_run_of_grpo_is_that_of_the_checkout_that_was_sent(cluster, tmp_path):
+    """Controller and actors, on both nodes; the script ends with the status of the run."""
+    write_world(tmp_path)
+    (tmp_path / "apart.yaml").write_text(ROLES_APART)
+    code = checkout_of_ours(tmp_path / "checkout")
+    command = [
+        *("python", "-m", "minigpt", "train", "grpo", f"--data={tmp_path / 'prompts'}", f"--init={tmp_path / 'sft'}"),
+        *(f"--layout={tmp_path / 'apart.yaml'}", "--reward=format", "--max_steps=2", "--prompts_per_step=2"),
+        *("--samples_per_prompt=2", "--max_new_tokens=8", "--eval_prompts=2", "--dtype=fp32", "--compile=false"),
+        *("--tensorboard=false", "--kl_coefficient=0", "--learning_rate=1e-3"),
+    ]
+    good = cluster.submit(*command, f"--save_dir={tmp_path / 'run'}", working_dir=code)
+    bad = cluster.submit(*command, f"--save_dir={tmp_path / 'bad'}", "--minibatches=3", working_dir=code)
+    out, err = bad.communicate(timeout=180)
+    assert bad.returncode == 1, out + err
+    assert "error: 2 prompts x 2 samples do not divide into --minibatches 3" in out
+    out, err = good.communicate(timeout=180)
+    assert good.returncode == 0, out + err
+    (controller,) = re.findall(r"^the controller is (.*)$", out, re.MULTILINE)
+    assert "working_dir_files" in controller
+    assert controller.endswith("/minigpt/rl/run.py")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["parameters"] == 4242
 
 
 def test_stop_ends_this_cluster_and_nothing_else_and_a_killed_driver_takes_its_ray_along(cluster, short_folder):

@@ -1,6 +1,8 @@
 """The policy on one rank and on two, at every ZeRO stage, as Ray actors: the same log-probabilities, the same weights
 behind the same updates, the same bytes for the samplers."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from minigpt.rl.group import WorkerDied, WorkerFailed, WorkerGroup, place
 from minigpt.rl.layout import Role, bundles, choose_layout, laptop
 from minigpt.rl.publish import unpack
 from minigpt.rl.roles import CLASSES, Roles
-from minigpt.rl.workers import PolicyWorker, RolloutWorker
+from minigpt.rl.workers import CriticWorker, PolicyWorker, RolloutWorker
 from minigpt.trainer.setup import load_masters
 
 pytestmark = pytest.mark.slow
@@ -147,6 +149,49 @@ def test_two_ranks_learn_what_one_does_at_every_zero_stage(results, run, world):
     for name, weight in expected.weights.items():
         assert not torch.equal(weight, before[name]), "it learned"
         assert (found.weights[name] - weight).norm() < TOLERANCE * weight.norm(), name
+
+
+def foresee(run: Path, batch: RolloutBatch, ranks: int, stage: int) -> tuple[list[np.ndarray], list[dict[str, float]]]:
+    """Values of answer tokens and behind the answers before and after updates of a critic, and what it said of them."""
+    layout = {**laptop(), "critic": Role(workers=ranks, threads=1)}
+    needed = bundles(layout, ["critic"])
+    placement = place(needed, 60)
+    several = {"update_epochs": 2, "minibatches": 2, "value_clip": 0.05, "grad_clip": 1.0}
+    job = make_job(run, "ppo", deepspeed=CONFIGS / f"zero{stage}.json", **several)
+    group = WorkerGroup(CriticWorker, "critic", layout, needed, placement, (job,), 120.0)
+    try:
+        address = group.wait([group.one(0, "address")], "find a port")[0] if ranks > 1 else None
+        group.wait(group.all("setup", address), "load")
+        values, metrics = [], []
+        for _ in range(2):
+            found = [one.value for one in group.wait(group.all("values", batch), "judge")]
+            assert all(np.array_equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+            values.append(np.concatenate(found[0]))
+            known = with_columns(batch, values=found[0][0], returns=batch.columns["returns"])
+            metrics.append(group.wait(group.all("update", known, 1e-3), "learn")[0].value)
+        values.append(np.concatenate(group.wait(group.all("values", batch), "judge")[0].value))
+        return values, metrics
+    finally:
+        group.kill()
+        remove_placement_group(placement)
+
+
+@pytest.fixture(scope="module")
+def foreseen(run, batches) -> Callable[[int, int], tuple[list[np.ndarray], list[dict[str, float]]]]:
+    """What a critic came to, by ranks and ZeRO stage."""
+    returns = np.random.default_rng(1).normal(0, 1, len(batches[0].behaviour_log_probs))
+    batch = with_columns(batches[0], returns=returns)
+    return functools.cache(lambda ranks, stage: foresee(run, batch, ranks, stage))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_of_the_critic_learn_what_one_does(foreseen, stage):
+    (values, metrics), (expected, theirs) = foreseen(2, stage), foreseen(1, 1)
+    for ours, right in zip(values, expected, strict=True):
+        assert np.abs(ours - right).max() < 1e-4
+    assert np.abs(expected[1] - expected[0]).max() > 1e-2, "it learned"
+    for one, other in zip(metrics, theirs, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: f"{world[0]} ranks, ZeRO {world[1]}")

@@ -72,18 +72,26 @@ def reward_model(world, tmp_path_factory) -> Path:
 class Run:
     """A loop, and what its workers were asked so far."""
 
-    def __init__(self, world: Path, pool: RewardPool, position: Position | None = None, name="grpo", **options) -> None:
+    def __init__(
+        self,
+        world: Path,
+        pool: RewardPool,
+        position: Position | None = None,
+        name: str = "grpo",
+        stop_ids: tuple[int, ...] = STOP_IDS,
+        **options: Any,
+    ) -> None:
         sizes = {"prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "max_new_tokens": 6, "max_steps": 6}
         job = make_job(world / "sft", name, 128, **{**sizes, **options})
         self.source = PromptSource(
             PackedDataset(world / "prompts"), ChatEncoder(world / "sft" / "hf"), None, job.options.seed, 100
         )
-        job = replace(job, longest=self.source.longest + 6)
+        job = replace(job, longest=self.source.longest + 6, stop_ids=stop_ids)
         self.roles = Roles(job, print)
         self.roles.setup()
         position = position or Position(kl_coefficient=job.options.kl_coefficient)
         self.roles.publish(position.step)
-        self.loop = Loop(job.options, self.roles, pool, self.source, None, STOP_IDS, position)
+        self.loop = Loop(job.options, self.roles, pool, self.source, None, stop_ids, position)
 
     def calls(self, role: str, method: str) -> list[Call]:
         return [call for call in self.roles.groups[role].calls if call.method == method]
@@ -385,6 +393,23 @@ def test_with_overlap_every_token_is_drawn_and_weighed_by_the_weights_that_its_v
             assert np.abs(log_probs_of(run, of_step[step], batch) - batch.behaviour_log_probs).max() > 1e-3
 
 
+def test_with_overlap_the_loss_weighs_every_token_by_policy_over_sampler(start):
+    """min(π_old/μ, cap), where μ is the probability that it was drawn with: w · -advantage, on average."""
+    run = start("letters", overlap=1, learning_rate=1e-2, behaviour_cap=1.02)
+    metrics = {}
+    for step in range(3):
+        weights = run.weights()
+        metrics = run.loop.step()
+        batch = run.learned[step]
+        ratio = np.exp(log_probs_of(run, weights, batch) - batch.behaviour_log_probs)
+        weighed = np.minimum(ratio, 1.02)
+        assert metrics["behaviour_weight"] == pytest.approx(weighed.mean(), abs=1e-5)
+        assert metrics["loss"] == pytest.approx(-(weighed * batch.columns["advantages"]).mean(), abs=1e-5)
+    assert (ratio > 1.02).any()
+    assert (ratio < 0.98).any()
+    assert abs(metrics["loss"] + batch.columns["advantages"].mean()) > 1e-4, "without weights it would be another one"
+
+
 def log_probs_of(run: Run, weights: dict[str, torch.Tensor], batch: RolloutBatch) -> np.ndarray:
     """Of every answer token by certain weights, one sequence after the other."""
     model = load_masters(run.roles.job.init)
@@ -400,6 +425,29 @@ def test_the_loop_samples_from_the_distribution_that_policy_and_reference_score(
     assert metrics["sampler_gap_max"] < 1e-5
     assert metrics["kl"] < 1e-9
     assert run.loop.step()["sampler_gap_max"] < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------- overlong
+
+
+def test_the_last_tokens_before_the_limit_are_punished_linearly(start):
+    """DAPO's soft punishment (arXiv:2503.14476, eq. 13) of answers of 1 to 6 tokens, the last four of them too many."""
+    run = start("letters", overlong_buffer=4, stop_ids=tuple(range(0, 6400, 5)), samples_per_prompt=SAMPLES, seed=3)
+    metrics = run.loop.step()
+    (drawn,) = run.values("rollout", "generate")
+    texts = run.source.texts(drawn, run.loop.stop_ids, 6)[1]
+    punished = {1: 0.0, 2: 0.0, 3: -0.25, 4: -0.5, 5: -0.75, 6: -1.0}
+    assert len(set(drawn.answer_lens.tolist())) > 3
+    rewards = [
+        tiny_rewards.letters("", text, {}) + punished[length]
+        for text, length in zip(texts, drawn.answer_lens.tolist(), strict=True)
+    ]
+    assert metrics["reward"] == pytest.approx(np.mean(rewards), abs=1e-6)
+    groups = np.array(rewards).reshape(-1, SAMPLES)
+    expected = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-6)
+    (learned,) = run.learned
+    assert len(learned) == len(drawn)
+    assert np.allclose(learned.columns["advantages"], np.repeat(expected.reshape(-1), drawn.answer_lens), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ KL coefficient
@@ -488,6 +536,50 @@ def test_every_record_of_a_raw_file_for_evaluation_is_asked(world):
     _, heldout = _prompts(RLStage("grpo"), options, world / "sft")
     assert heldout is not None
     assert len(heldout) == len(raw.read_text(encoding="utf-8").splitlines())
+
+
+def test_ppo_with_all_four_models_and_the_kl_in_its_loss(start, reward_model, world, tmp_path):
+    """The reward model counts by its weight, the critic begins as another one, the KL (k3) is in no reward."""
+    critic = RewardModel.from_decoder(load_masters(world / "sft"))
+    with torch.no_grad():
+        critic.score.weight.mul_(5.0)
+    critic.save_pretrained(tmp_path / "critic", tokenizer_folder=None)
+    judge = {"reward_model": reward_model, "reward_model_weight": 3.0, "critic_init": tmp_path / "critic"}
+    rates = {"learning_rate": 3e-3, "critic_learning_rate": 1e-2}
+    run = start("letters", name="ppo", kl_in="loss", kl_coefficient=0.3, **judge, **rates)
+    first = run.weights()
+    for step in range(3):
+        weights = run.weights()
+        metrics = run.loop.step()
+        batch = run.learned[step]
+        texts = run.source.texts(batch, STOP_IDS, run.loop.options.max_new_tokens)[1]
+        judged = RewardModel.from_pretrained(reward_model).rewards(sequences(batch)).numpy()
+        rewards = np.array([tiny_rewards.letters("", text, {}) for text in texts]) + 3.0 * judged
+        assert metrics["reward"] == pytest.approx(rewards.mean(), abs=1e-5)
+        values, behind = run.values("critic", "values")[step]
+        zeros = np.zeros_like(values)
+        advantages, returns = by_definition(batch, rewards, zeros, zeros, values, behind, 0.0, run.loop.options)
+        assert np.allclose(batch.columns["returns"], returns, atol=1e-5)
+        white = (advantages - advantages.mean()) / advantages.std()
+        assert np.allclose(batch.columns["advantages"], white, atol=1e-4)
+        delta = log_probs_of(run, first, batch) - log_probs_of(run, weights, batch)
+        kl = (np.exp(delta) - 1 - delta).mean()
+        assert metrics["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+        assert metrics["loss"] == pytest.approx(0.3 * kl - white.mean(), abs=1e-5)
+        if step == 0:
+            states = [ids[: len(ids) - n + t] for ids, n in answered(batch) for t in range(n)]
+            assert np.allclose(values, RewardModel.from_pretrained(tmp_path / "critic").rewards(states), atol=1e-5)
+    assert kl > 1e-3
+    assert np.abs(judged).std() > 1e-3
+
+
+def sequences(batch: RolloutBatch) -> list[list[int]]:
+    ends = np.cumsum(batch.lengths)
+    return [batch.tokens[end - n : end].tolist() for end, n in zip(ends, batch.lengths, strict=True)]
+
+
+def answered(batch: RolloutBatch) -> list[tuple[list[int], int]]:
+    return list(zip(sequences(batch), batch.answer_lens.tolist(), strict=True))
 
 
 def test_the_controller_knows_the_shape_of_a_model_without_its_weights(world, tmp_path):

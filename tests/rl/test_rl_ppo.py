@@ -1,21 +1,24 @@
 """A run of PPO with all that it can carry along (critic, its warm-up, an adaptive KL, several updates a step): once
 whole, once resumed, and once with two ranks of policy and critic."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_rewards
 import torch
-from tiny_rl import InlineGroup, metrics_of, run_here, write_world
+from tiny_rl import metrics_of, run_here, write_world
+from whole_runs import (
+    checkpoint,
+    engine_state,
+    interrupted,
+    module_weights,
+    position,
+    runs_without_actors,
+    without_times,
+)
 
 from minigpt.model.model_critic import RewardModel
-from minigpt.rl import cluster
-from minigpt.rl.group import WorkerGroup
-from minigpt.rl.layout import Layout
-from minigpt.trainer.engine import _load_safely
 from minigpt.trainer.setup import load_masters
 
 pytestmark = pytest.mark.slow
@@ -37,18 +40,8 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def our_ray():
-    """One for all runs here. Roles of one worker need no actors."""
-
-    def make_group(worker: type, role: str, layout: Layout, *rest: Any) -> Any:
-        return (WorkerGroup if layout[role].workers > 1 else InlineGroup)(worker, role, layout, *rest)
-
-    cluster.connect(num_cpus=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minigpt.rl.roles.WorkerGroup", make_group)
-        patch.setattr(cluster, "connect", lambda address: None)
-        patch.setattr(cluster, "disconnect", lambda: None)
+    with runs_without_actors():
         yield
-    cluster.disconnect()
 
 
 def train(world: Path, folder: Path, *options: str) -> int:
@@ -63,51 +56,6 @@ def whole(world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "ppo"
     assert train(world, folder, *ADAPTIVE) == 0
     return folder
-
-
-def interrupted(whole: Path, folder: Path, step: int) -> Path:
-    """The run as a kill between the critic's checkpoint and the policy's leaves it: the critic's is one step ahead."""
-    shutil.copytree(whole, folder)
-    for left in [folder / "summary.json", folder / "hf", *folder.glob("*.pth")]:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    for engine, last in ((folder, step), (folder / "critic", step + 1)):
-        for checkpoint in (engine / "checkpoints").glob("step_*"):
-            if int(checkpoint.name.removeprefix("step_")) > last:
-                shutil.rmtree(checkpoint)
-    return folder
-
-
-def checkpoint(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step_{step:08d}"
-
-
-def module_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    (path,) = checkpoint(run, step).rglob("*model_states.pt")
-    return torch.load(path, weights_only=True)["module"]
-
-
-def tensors_in(value: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor of a saved state, by its path."""
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return {key: tensor for k, v in items for key, tensor in tensors_in(v, f"{name}/{k}").items()}
-
-
-def engine_state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Weights, masters, moments and random state of a checkpoint."""
-    files = sorted(checkpoint(run, step).rglob("*.pt"))
-    return {key: t for file in files for key, t in tensors_in(_load_safely(file, "cpu"), file.name).items()}
-
-
-def without_times(line: dict[str, Any]) -> dict[str, Any]:
-    timed = ("seconds", "overhead", "tokens_per_second", "generated_tokens_per_second", "time")
-    return {key: value for key, value in line.items() if not key.startswith(timed)}
-
-
-def position(run: Path) -> dict[str, Any]:
-    found = json.loads((checkpoint(run, STEPS) / "state.json").read_text())["position"]
-    return {key: value for key, value in found.items() if key != "seconds"}
 
 
 def test_while_the_critic_warms_up_it_alone_learns(whole, world):
@@ -133,8 +81,8 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(whole, world,
         assert ours.keys() == theirs.keys()
         assert any("exp_avg" in name for name in theirs)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert position(run) == position(whole)
-    assert position(run)["kl_coefficient"] not in (0.0, 0.2)
+    assert position(run, STEPS) == position(whole, STEPS)
+    assert position(run, STEPS)["kl_coefficient"] not in (0.0, 0.2)
     for ours, theirs in zip(metrics_of(run)[-3:], metrics_of(whole)[-3:], strict=True):
         assert without_times(ours) == without_times(theirs)
 

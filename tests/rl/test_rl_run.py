@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from tiny_rl import metrics_of, pack_prompts, run_here, write_run
+from tiny_rl import MARK, marked, metrics_of, pack_prompts, run_here, wait_until, write_run
 
 from minigpt.rl import algorithms
 
@@ -125,12 +126,19 @@ def test_the_exported_model_generates(learned, capsys):
         assert sum(c.isascii() and c.isalpha() for c in written) > 0.8 * len(written.strip())
 
 
-def test_with_negated_advantages_it_unlearns_what_is_rewarded(world, tmp_path, monkeypatch):
-    """The same run that learned, but for a sign in the controller, which runs in this process."""
-    right = algorithms.group_advantages
-    monkeypatch.setattr(algorithms, "group_advantages", lambda *a, **options: -right(*a, **options))
+@pytest.mark.parametrize("stage", LEARNS)
+def test_with_negated_advantages_it_unlearns_what_is_rewarded(world, tmp_path, monkeypatch, stage):
+    """The same run that learned, but for a sign in the controller, which runs in this process; a critic sees right."""
+    group_advantages, gae = algorithms.group_advantages, algorithms.gae
+
+    def negated(*arguments, **options):
+        advantages, returns = gae(*arguments, **options)
+        return -advantages, returns
+
+    monkeypatch.setattr(algorithms, "group_advantages", lambda *a, **options: -group_advantages(*a, **options))
+    monkeypatch.setattr(algorithms, "gae", negated)
     folder = tmp_path / "negated"
-    assert run_here(*arguments(world, "grpo", folder, "letters", *LEARNS["grpo"])) == 0
+    assert run_here(*arguments(world, stage, folder, "letters", *LEARNS[stage])) == 0
     rewards = [line["reward"] for line in metrics_of(folder)]
     assert max(rewards) < 0.9
     assert sum(rewards[-5:]) / 5 < rewards[0]
@@ -238,6 +246,27 @@ def test_a_killed_policy_starts_again_from_the_last_checkpoint(world, undisturbe
     assert "policy worker 0 died" in output
     assert "resuming from" in output
     assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_one_of_two_policy_ranks_that_is_killed_starts_both_again_and_leaves_no_process_behind(
+    world, undisturbed, tmp_path, monkeypatch
+):
+    """The other rank waits in a collective for a neighbour that will not come."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    layout = tmp_path / "layout.yaml"
+    layout.write_text("policy: {workers: 2, threads: 1}\n")
+    driver = start(world, tmp_path / "run", f"--layout={layout}")
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2, driver)
+    kill_actor(driver, "PolicyWorker.update")
+    output = ended(driver)
+    assert re.search(r"policy worker [01] died", output)
+    assert len(re.findall(r"resuming from .* at step [2-5] of 6", output)) == 1
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    ours, theirs = weights(tmp_path / "run"), weights(undisturbed)
+    for name, weight in theirs.items():
+        assert (ours[name] - weight).norm() < 1e-3 * weight.norm(), name
+    assert wait_until(lambda: not marked(mark)), marked(mark)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])

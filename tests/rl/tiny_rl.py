@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import torch
 from torch import nn
@@ -145,6 +148,28 @@ def metrics_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of a kind in metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+MARK = "MINIGPT_TEST_MARK"  # in the environment, where every process of a run or a cluster inherits it
+
+
+def marked(mark: str) -> list[str]:
+    """The command lines of the processes that carry a mark."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it ended while we looked, or is not ours to look at
+            if process.environ().get(MARK) == mark:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def run_here(*command: str) -> int:
