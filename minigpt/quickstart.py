@@ -112,7 +112,7 @@ RECIPES = {
             "reason": (130, 1e-3), "lora": (50, 4e-3)}, 0.45, 110,
     ),
     "gpu": Recipe(
-        {"preset": "s", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "dtype": "bf16"},
+        {"preset": "s", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "dtype": "auto"},
         32, {"pretrain": (1000, 3e-3), "sft": (500, 1e-3), "reason_start": (400, 1e-3), "grpo": (60, 1e-4),
              "reason": (300, 1e-3), "lora": (60, 2e-3)}, 0.15, 200,
     ),

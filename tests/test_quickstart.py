@@ -2,11 +2,16 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from minigpt import quickstart
 from minigpt.cli import main
+from minigpt.trainer.options import TrainOptions
+from minigpt.trainer.setup import compute_dtype
+from minigpt.trainer.train_pretrain import PretrainOptions
 
 SMALL = {
     "hidden_size": 32,
@@ -29,6 +34,23 @@ def test_overwrite_removes_a_quickstart_and_nothing_else(tmp_path, capsys):
     assert "holds more than a quickstart (thesis.txt): give --output another folder" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").exists()
     assert (tmp_path / "microworld").exists()
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_a_gpu_without_bf16_units_trains_in_fp32(capability, dtype, tmp_path, monkeypatch):
+    """A T4 emulates bf16, which torch counts as support."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=capability))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    chosen = [
+        TrainOptions(),
+        PretrainOptions(**quickstart.RECIPES["gpu"].model),
+        quickstart._grpo_options(
+            tmp_path, quickstart.QuickstartOptions(), "gpu", {"prompt_packed": tmp_path, "heldout_sums": tmp_path}
+        ),
+    ]
+    assert [compute_dtype(options, torch.device("cuda")) for options in chosen] == [dtype] * 3
 
 
 def test_it_goes_the_whole_road_once_and_shows_it_again(tmp_path, monkeypatch, capsys):

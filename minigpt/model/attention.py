@@ -4,7 +4,7 @@ The rest of the code says *what* may see what (an `AttentionPattern`, built once
 calls `attention`. How it is computed is decided here:
 
     backend    where                          memory of the mask
-    varlen     CUDA: flash attention          none: documents are given by their boundaries
+    varlen     CUDA, from Ampere on: flash    none: documents are given by their boundaries
                CPU: document by document, in compiled code (attention.cpp) or by torch's flash kernel
     sdpa       anywhere; the default on a CPU without a C++ compiler up to 1,024 tokens a row, where one shared
                block-diagonal mask is cheaper than many small calls                                   [B, T, T]
@@ -54,7 +54,9 @@ class AttentionPattern:
 def choose_backend(device: torch.device | str, seq_len: int, dtype: torch.dtype = torch.bfloat16) -> str:
     """The fastest backend that trains packed rows of `seq_len` tokens on this device in this precision."""
     if torch.device(device).type == "cuda":
-        return "varlen" if dtype in (torch.float16, torch.bfloat16) else "sdpa"  # flash kernels take no float32
+        # Flash kernels take no float32, and need compute capability 8.0: Ampere
+        flash = dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "varlen" if flash else "sdpa"
     if seq_len > _SDPA_MAX_TOKENS_ON_CPU or _native(dtype) is not None:
         return "varlen"
     return "sdpa"

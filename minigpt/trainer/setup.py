@@ -69,7 +69,8 @@ def compute_dtype(options: TrainOptions, device: torch.device) -> torch.dtype:
     if options.dtype == "auto":
         from minigpt.observe.hardware import cpu_bf16_units
 
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else bool(cpu_bf16_units())
+        on_gpu = device.type == "cuda"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bool(cpu_bf16_units())
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if options.dtype == "bf16" else torch.float32
 

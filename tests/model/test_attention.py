@@ -158,8 +158,10 @@ def test_every_machine_takes_the_fastest_backend_that_it_has(monkeypatch):
     without_compiler(monkeypatch)
     assert choose_backend("cpu", 1024) == "sdpa"
     assert choose_backend("cpu", 1025) == "varlen"
-    assert choose_backend("cuda", 256) == "varlen"
-    assert choose_backend("cuda", 256, torch.float32) == "sdpa", "flash kernels take no float32"
+    capabilities = {"cuda:0": (8, 0), "cuda:1": (7, 5), "cuda:2": (10, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[str(device)])
+    assert [choose_backend(device, 256) for device in capabilities] == ["varlen", "sdpa", "varlen"]
+    assert choose_backend("cuda:0", 256, torch.float32) == "sdpa", "flash kernels take no float32"
 
 
 PEAK_OF_ONE_LONG_ROW = """
