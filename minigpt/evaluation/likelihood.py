@@ -111,7 +111,8 @@ def _score_batch(
             places += range(len(ids))
             labels += ids
     chosen_1NE = hidden_RTE[rows, places][None]
-    log_probs = model.lm_head(chosen_1NE, torch.tensor([labels], device=device), reduction="none")[0].double()
+    scored = model.lm_head(chosen_1NE, torch.tensor([labels], device=device), reduction="none")
+    log_probs = scored.log_probs[0].double()
     sums = iter(piece.sum().item() for piece in log_probs.split([len(ids) for s in continuations for ids in s]))
     return [[next(sums) for _ in several] for several in continuations]
 

@@ -9,7 +9,7 @@
 
 #include <vector>
 
-extern "C" struct Judgement {
+extern "C" struct Arguments {
     const void* logits;  // [N, V], float or bfloat16
     void* to;            // [N, V]: their gradients; may be the same memory
     int64_t N, V, is_bf16, threads;
@@ -18,7 +18,7 @@ extern "C" struct Judgement {
     float* log_probs;  // [N], of the labels
     float* log_sums;   // [N]: log Σ exp(logit / temperature)
     float* entropies;  // [N] or null
-    // Upstream gradients. `judge` writes the logits' gradients if grads is given.
+    // Upstream gradients. `softmax_stats` writes the logits' gradients if grads is given.
     const float* grads;          // [N] of the log-probabilities
     const float* entropy_grads;  // [N] of the entropies, or null
 };
@@ -77,32 +77,32 @@ static void write_gradient(const float* x, int64_t V, int64_t label, float log_s
 }
 
 template <class T>
-static void judge_row(const Judgement& j, int64_t n) {
-    const float* x = temper((const T*)j.logits + n * j.V, j.V, j.temperature);
-    T* to = (T*)j.to + n * j.V;
-    const float log_sum = log_sum_exp(x, j.V);
-    j.log_sums[n] = log_sum;
-    j.log_probs[n] = x[j.labels[n]] - log_sum;
-    if (j.entropies) j.entropies[n] = entropy_of(x, j.V, log_sum);
-    if (j.grads) write_gradient(x, j.V, j.labels[n], log_sum, j.grads[n], 0, 0, j.temperature, to);
+static void softmax_stats_row(const Arguments& a, int64_t n) {
+    const float* x = temper((const T*)a.logits + n * a.V, a.V, a.temperature);
+    T* to = (T*)a.to + n * a.V;
+    const float log_sum = log_sum_exp(x, a.V);
+    a.log_sums[n] = log_sum;
+    a.log_probs[n] = x[a.labels[n]] - log_sum;
+    if (a.entropies) a.entropies[n] = entropy_of(x, a.V, log_sum);
+    if (a.grads) write_gradient(x, a.V, a.labels[n], log_sum, a.grads[n], 0, 0, a.temperature, to);
 }
 
 template <class T>
-static void differentiate_row(const Judgement& j, int64_t n) {
-    const float* x = temper((const T*)j.logits + n * j.V, j.V, j.temperature);
-    T* to = (T*)j.to + n * j.V;
-    const float entropy = j.entropies ? j.entropies[n] : 0, entropy_grad = j.entropy_grads ? j.entropy_grads[n] : 0;
-    write_gradient(x, j.V, j.labels[n], j.log_sums[n], j.grads[n], entropy, entropy_grad, j.temperature, to);
+static void grad_logits_row(const Arguments& a, int64_t n) {
+    const float* x = temper((const T*)a.logits + n * a.V, a.V, a.temperature);
+    T* to = (T*)a.to + n * a.V;
+    const float entropy = a.entropies ? a.entropies[n] : 0, entropy_grad = a.entropy_grads ? a.entropy_grads[n] : 0;
+    write_gradient(x, a.V, a.labels[n], a.log_sums[n], a.grads[n], entropy, entropy_grad, a.temperature, to);
 }
 
 // From the logits: log_probs, log_sums, entropies if asked for, and the gradients of `grads` if given.
-extern "C" void judge(const Judgement* j) {
-#pragma omp parallel for num_threads(j->threads)
-    for (int64_t n = 0; n < j->N; n++) j->is_bf16 ? judge_row<bf16>(*j, n) : judge_row<float>(*j, n);
+extern "C" void softmax_stats(const Arguments* a) {
+#pragma omp parallel for num_threads(a->threads)
+    for (int64_t n = 0; n < a->N; n++) a->is_bf16 ? softmax_stats_row<bf16>(*a, n) : softmax_stats_row<float>(*a, n);
 }
 
 // From the logits, log_sums and upstream gradients: the gradients of the logits.
-extern "C" void differentiate(const Judgement* j) {
-#pragma omp parallel for num_threads(j->threads)
-    for (int64_t n = 0; n < j->N; n++) j->is_bf16 ? differentiate_row<bf16>(*j, n) : differentiate_row<float>(*j, n);
+extern "C" void grad_logits(const Arguments* a) {
+#pragma omp parallel for num_threads(a->threads)
+    for (int64_t n = 0; n < a->N; n++) a->is_bf16 ? grad_logits_row<bf16>(*a, n) : grad_logits_row<float>(*a, n);
 }

@@ -32,7 +32,7 @@ from .native import load_native
 SOURCE = Path(__file__).with_name("cross_entropy.cpp")
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}  # logits alive at a time: 32 MB and 1 GB in float32
 _KEPT_ELEMENTS = 1 << 24  # no more logits are kept for the backward pass
-Numbers = Sequence[torch.Tensor]
+TokenStats = Sequence[torch.Tensor]
 """Of each token: log-normaliser, entropy, and the upstream gradients of its log-probability and entropy."""
 
 
@@ -124,13 +124,13 @@ class _LinearLogProbs(torch.autograd.Function):
             return grad_x * torch.where(labels_N >= 0, grads_N, 0.0)[:, None].to(grad_x.dtype), None, None, None, None
         x_NE, weight_VE, labels_N, log_sums_N, entropies_N, logits_NV = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        numbers = log_sums_N, entropies_N, grads_N, entropy_grads_N
+        stats = log_sums_N, entropies_N, grads_N, entropy_grads_N
         options = ctx.temperature, ctx.with_entropy, needs_x, needs_weight
         if _on_cpu(x_NE):
             backward = torch.ops.minigpt.labelled_log_probs_backward
-            grad_x, grad_weight = backward(x_NE, weight_VE, labels_N, logits_NV, *numbers, *options)
+            grad_x, grad_weight = backward(x_NE, weight_VE, labels_N, logits_NV, *stats, *options)
         else:
-            grad_x, grad_weight = _log_probs_backward(x_NE, weight_VE, labels_N, logits_NV, numbers, *options)
+            grad_x, grad_weight = _log_probs_backward(x_NE, weight_VE, labels_N, logits_NV, stats, *options)
         return grad_x if needs_x else None, grad_weight if needs_weight else None, None, None, None
 
 
@@ -148,7 +148,7 @@ def _loss(x_NE, weight_VE, labels_N, weights_N, needs_x: bool, needs_weight: boo
     for x, label, w in _chunks(weight_VE, x_NE, labels_N, weights_N):
         x = torch.where((w != 0)[:, None], x, 0.0)
         grads = -w if needs_x or needs_weight else None
-        log_probs, _, _, grad_logits = _judge(x @ weight_VE.T, label, 1.0, False, grads)
+        log_probs, _, _, grad_logits = _softmax_stats(x @ weight_VE.T, label, 1.0, False, grads)
         loss -= (w * log_probs).sum()
         gradients.add(x, grad_logits)
     return loss, *gradients.results()
@@ -166,8 +166,8 @@ def _log_probs(x_NE, weight_VE, labels_N, temperature: float, with_entropy: bool
         x = torch.where(has_label[:, None], x, 0.0)
         grads = has_label.to(_precision(x)) if keeps_gradient else None
         logits = torch.mm(x, weight_VE.T, out=place)
-        *numbers, grad_logits = _judge(logits, label, temperature, with_entropy, grads)
-        found.append([torch.where(has_label, n, 0.0) if n.numel() else n for n in numbers])
+        *stats, grad_logits = _softmax_stats(logits, label, temperature, with_entropy, grads)
+        found.append([torch.where(has_label, n, 0.0) if n.numel() else n for n in stats])
         gradients.add(x, grad_logits)
     log_probs_N, log_sums_N, entropies_N = (torch.cat(pieces) for pieces in zip(*found, strict=True))
     return log_probs_N, entropies_N, log_sums_N, gradients.results()[0]
@@ -185,7 +185,7 @@ def _log_probs_backward(
     weight_VE,
     labels_N,
     logits_NV,
-    numbers: Numbers,
+    stats: TokenStats,
     temperature: float,
     with_entropy: bool,
     needs_x: bool,
@@ -194,8 +194,8 @@ def _log_probs_backward(
     """The gradients of x and the weight, from those of log-probabilities and entropies."""
     gradients = _Gradients(x_NE, weight_VE, needs_x, needs_weight)
     if not with_entropy:
-        numbers = tuple(n if len(n) else torch.zeros(len(x_NE), device=x_NE.device) for n in numbers)
-    for x, label, *pieces, logits in _chunks(weight_VE, x_NE, labels_N, *numbers, kept=logits_NV):
+        stats = tuple(n if len(n) else torch.zeros(len(x_NE), device=x_NE.device) for n in stats)
+    for x, label, *pieces, logits in _chunks(weight_VE, x_NE, labels_N, *stats, kept=logits_NV):
         has_label, label = label >= 0, label.clamp_min(0)
         x = torch.where(has_label[:, None], x, 0.0)
         known = [torch.where(has_label, n, 0.0) for n in pieces]
@@ -203,7 +203,7 @@ def _log_probs_backward(
             logits = to = x @ weight_VE.T
         else:
             to = torch.empty_like(logits)  # kept ones may be asked for again
-        gradients.add(x, _differentiate(logits, label, known, temperature, with_entropy, to))
+        gradients.add(x, _grad_logits(logits, label, known, temperature, with_entropy, to))
     return gradients.results()
 
 
@@ -247,10 +247,10 @@ def _precision(x: torch.Tensor) -> torch.dtype:
 # ----------------------------------------------------------------------------------------- between the two products
 
 
-def _judge(logits_NV, labels_N, temperature: float, with_entropy: bool, grads_N=None):
+def _softmax_stats(logits_NV, labels_N, temperature: float, with_entropy: bool, grads_N=None):
     """(log-probabilities of the labels, log-normalisers, entropies, gradients of the logits under `grads_N`)."""
     if (native := _native(logits_NV)) is not None:
-        return native.judge(logits_NV, labels_N, temperature, with_entropy, grads_N)
+        return native.softmax_stats(logits_NV, labels_N, temperature, with_entropy, grads_N)
     logits = logits_NV.to(_precision(logits_NV)) / temperature
     log_sums = logits.logsumexp(-1)
     log_probs = logits.gather(1, labels_N[:, None])[:, 0] - log_sums
@@ -259,19 +259,19 @@ def _judge(logits_NV, labels_N, temperature: float, with_entropy: bool, grads_N=
         log_p = logits - log_sums[:, None]
         entropies = -(log_p.exp() * log_p).sum(-1)
     if grads_N is not None:
-        numbers = log_sums, entropies, grads_N, entropies
-        gradient = _differentiate(logits_NV, labels_N, numbers, temperature, False, logits_NV)
+        stats = log_sums, entropies, grads_N, entropies
+        gradient = _grad_logits(logits_NV, labels_N, stats, temperature, False, logits_NV)
     return log_probs, log_sums, entropies, gradient
 
 
-def _differentiate(logits_NV, labels_N, numbers: Numbers, temperature: float, with_entropy: bool, to):
+def _grad_logits(logits_NV, labels_N, stats: TokenStats, temperature: float, with_entropy: bool, to):
     """Gradients of the logits: d log p_label / d logits = label − p;  dH / d logits = −p (log p + H).
 
     They may be written into the memory `to`, which may be that of the logits.
     """
     if (native := _native(logits_NV)) is not None:
-        return native.differentiate(logits_NV, labels_N, numbers, temperature, with_entropy, to)
-    log_sums_N, entropies_N, grads_N, entropy_grads_N = numbers
+        return native.grad_logits(logits_NV, labels_N, stats, temperature, with_entropy, to)
+    log_sums_N, entropies_N, grads_N, entropy_grads_N = stats
     log_p = logits_NV.to(_precision(logits_NV)) / temperature - log_sums_N[:, None]
     is_label = torch.arange(log_p.shape[1], device=log_p.device) == labels_N[:, None]
     inner = grads_N[:, None]
@@ -289,7 +289,7 @@ def _native(logits: torch.Tensor) -> _Native | None:
     return None if library is None else _Native(library)
 
 
-class _Judgement(ctypes.Structure):
+class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("logits", "to")),
         *((name, ctypes.c_int64) for name in ("N", "V", "is_bf16", "threads")),
@@ -300,32 +300,32 @@ class _Judgement(ctypes.Structure):
 
 
 class _Native:
-    """The two calls of cross_entropy.cpp. `judge` writes gradients over the logits."""
+    """The two calls of cross_entropy.cpp. `softmax_stats` writes gradients over the logits."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def judge(self, logits, labels, temperature: float, with_entropy: bool, grads=None):
+    def softmax_stats(self, logits, labels, temperature: float, with_entropy: bool, grads=None):
         log_probs, log_sums = torch.empty(2, len(labels))
         entropies = torch.empty(len(labels) if with_entropy else 0)
-        numbers = {"log_probs": log_probs, "log_sums": log_sums, "grads": grads}
+        stats = {"log_probs": log_probs, "log_sums": log_sums, "grads": grads}
         if with_entropy:
-            numbers["entropies"] = entropies
-        self._call(self._library.judge, logits, logits, labels, temperature, numbers)
+            stats["entropies"] = entropies
+        self._call(self._library.softmax_stats, logits, logits, labels, temperature, stats)
         return log_probs, log_sums, entropies, logits
 
-    def differentiate(self, logits, labels, numbers: Numbers, temperature: float, with_entropy: bool, to):
+    def grad_logits(self, logits, labels, stats: TokenStats, temperature: float, with_entropy: bool, to):
         names = ("log_sums", "entropies", "grads", "entropy_grads") if with_entropy else ("log_sums", "", "grads", "")
-        given = {name: n for name, n in zip(names, numbers, strict=True) if name}
-        self._call(self._library.differentiate, logits, to, labels, temperature, given)
+        given = {name: n for name, n in zip(names, stats, strict=True) if name}
+        self._call(self._library.grad_logits, logits, to, labels, temperature, given)
         return to
 
-    def _call(self, function, logits, to, labels, temperature: float, numbers) -> None:
-        kept = {name: n.float().contiguous() for name, n in numbers.items() if n is not None}
+    def _call(self, function, logits, to, labels, temperature: float, stats) -> None:
+        kept = {name: n.float().contiguous() for name, n in stats.items() if n is not None}
         labels = labels.contiguous()
         assert logits.is_contiguous()
         assert to.is_contiguous()
-        judgement = _Judgement(
+        arguments = _Arguments(
             logits=logits.data_ptr(),
             to=to.data_ptr(),
             N=logits.shape[0],
@@ -336,7 +336,7 @@ class _Native:
             temperature=temperature,
             **{name: n.data_ptr() for name, n in kept.items()},
         )
-        function(ctypes.byref(judgement))
+        function(ctypes.byref(arguments))
 
 
 # ------------------------------------------------------------------------------------------ operators for a CPU
@@ -401,10 +401,10 @@ def _labelled_log_probs(
 
 @_labelled_log_probs.register_fake
 def _(x_NE, weight_VE, labels_N, temperature, with_entropy, keeps_gradient, keeps_logits):
-    numbers = [
+    stats = [
         x_NE.new_empty(n, dtype=_precision(x_NE)) for n in (len(x_NE), len(x_NE) if with_entropy else 0, len(x_NE))
     ]
-    return *numbers, x_NE.new_empty(x_NE.shape if keeps_gradient else 0), _memory(x_NE, weight_VE, keeps_logits)
+    return *stats, x_NE.new_empty(x_NE.shape if keeps_gradient else 0), _memory(x_NE, weight_VE, keeps_logits)
 
 
 @torch.library.custom_op("minigpt::labelled_log_probs_backward", mutates_args=(), device_types="cpu")
@@ -423,9 +423,9 @@ def _labelled_log_probs_backward(
     needs_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     chosen = (labels_N >= 0).nonzero()[:, 0]
-    numbers = [n[chosen] if len(n) else n for n in (log_sums_N, entropies_N, grads_N, entropy_grads_N)]
+    stats = [n[chosen] if len(n) else n for n in (log_sums_N, entropies_N, grads_N, entropy_grads_N)]
     options = temperature, with_entropy, needs_x, needs_weight
-    arguments = x_NE[chosen], weight_VE, labels_N[chosen], logits_NV, numbers, *options
+    arguments = x_NE[chosen], weight_VE, labels_N[chosen], logits_NV, stats, *options
     grad_x, grad_weight = _log_probs_backward(*arguments)
     return _among(len(x_NE), chosen, grad_x) if needs_x else grad_x, grad_weight
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from minigpt.errors import UserError
 
-from .model_minigpt import LMHead, judge_labels
+from .model_minigpt import LMHead, MiniGPTOutput, score_labels
 
 DEFAULT_ADAPTER = "default"
 # For fewer tokens than this the sum W + s·B A costs more than the two thin products of the branch beside W.
@@ -164,14 +164,14 @@ class LoRA(nn.Linear):
 
 
 class LoRAHead(LoRA):
-    """An output layer with adapters; with labels it returns what `LMHead` does."""
+    """An output layer with adapters; with labels it returns what `LMHead` does, without dropout in the branch."""
 
     def forward(  # type: ignore[override]  # with labels it is more than a linear layer
-        self, x_BTE, labels_BT=None, *judgement: Any, **options: Any
-    ) -> Any:
+        self, x_BTE, labels_BT=None, weights_BT=None, reduction: str = "sum", temperature: float = 1.0
+    ) -> torch.Tensor | MiniGPTOutput:
         if labels_BT is None:
             return super().forward(x_BTE)
-        return judge_labels(self.adapted_weight(), x_BTE, labels_BT, *judgement, **options)
+        return score_labels(self.adapted_weight(), x_BTE, labels_BT, weights_BT, reduction, temperature)
 
 
 class _LowRankLinear(torch.autograd.Function):

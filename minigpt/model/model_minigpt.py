@@ -26,7 +26,7 @@ from .kv_cache import KVCache
 
 @dataclass
 class MiniGPTConfig:
-    """Shape of a model. The defaults are config S, about 5 million parameters, which trains on a laptop.
+    """Shape of a model. The defaults give 5 million parameters, which train on a laptop.
 
     Args:
         vocab_size: Entries of the tokenizer, reserved ones included.
@@ -38,7 +38,7 @@ class MiniGPTConfig:
         head_dim: Size of a head. None: hidden_size / num_attention_heads.
         max_position_embeddings: Longest sequence the model is meant for, in tokens.
         rope_theta: Base of the rotary frequencies.
-        rope_scaling: None, or Llama 3's frequency scaling as Hugging Face writes it (`rope_type: llama3` or `linear`).
+        rope_scaling: None, or how frequencies are scaled, as Hugging Face writes it (`rope_type: llama3` or `linear`).
         rms_norm_eps: Added to the mean square before its root is taken.
         tie_word_embeddings: Whether the output layer is the input embedding.
         qk_norm: RMSNorm on queries and keys per head (Qwen3). Without it the layout is Llama's.
@@ -268,7 +268,7 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Transformer(config)
-        self.attention_backend: str | None = None  # None: the fastest one for the device and row length
+        self.attention_backend: str | None = None  # of packed rows; None: the fastest one for device and row length
 
     def hidden_states(
         self,
@@ -279,6 +279,8 @@ class DecoderModel(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B, T, E] of every position, behind the last norm; the arguments are those of `MiniGPT.forward`."""
+        if cu_seqlens is not None and document_ids is None:
+            raise ValueError("cu_seqlens are given without document_ids, which say which tokens see each other")
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if kv_cache is not None:
@@ -303,26 +305,27 @@ class LMHead(nn.Linear):
     """
 
     def forward(  # type: ignore[override]  # with labels it is more than a linear layer
-        self, x_BTE, labels_BT=None, *judgement: Any, **options: Any
-    ) -> Any:
+        self, x_BTE, labels_BT=None, weights_BT=None, reduction: str = "sum", temperature: float = 1.0
+    ) -> torch.Tensor | MiniGPTOutput:
         if labels_BT is None:
             return super().forward(x_BTE)
-        return judge_labels(self.weight, x_BTE, labels_BT, *judgement, **options)
+        return score_labels(self.weight, x_BTE, labels_BT, weights_BT, reduction, temperature)
 
 
-def judge_labels(
-    weight_VE, x_BTE, labels_BT, weights_BT=None, reduction: str = "sum", temperature: float = 1.0
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """What an output layer makes of labels: their summed loss, or the log-probability of each one (and the entropy)."""
-    if reduction != "sum":
-        arguments = x_BTE.flatten(0, 1), weight_VE, labels_BT.flatten(), temperature
-        if reduction == "none":
-            return linear_log_probs(*arguments).view(labels_BT.shape)
-        log_probs_N, entropy_N = linear_log_probs_and_entropy(*arguments)
-        return log_probs_N.view(labels_BT.shape), entropy_N.view(labels_BT.shape)
-    if weights_BT is None:
-        weights_BT = torch.ones_like(labels_BT, dtype=torch.float32)
-    return linear_cross_entropy(x_BTE.flatten(0, 1), weight_VE, labels_BT.flatten(), weights_BT.flatten())
+def score_labels(weight_VE, x_BTE, labels_BT, weights_BT, reduction: str, temperature: float) -> MiniGPTOutput:
+    """What an output layer makes of labels; `reduction` and the rest are those of `MiniGPT.forward`."""
+    x_NE, labels_N = x_BTE.flatten(0, 1), labels_BT.flatten()
+    if reduction == "sum":
+        if weights_BT is None:
+            weights_BT = torch.ones_like(labels_BT, dtype=torch.float32)
+        return MiniGPTOutput(loss_sum=linear_cross_entropy(x_NE, weight_VE, labels_N, weights_BT.flatten()))
+    if reduction == "none":
+        log_probs_N = linear_log_probs(x_NE, weight_VE, labels_N, temperature)
+        return MiniGPTOutput(log_probs=log_probs_N.view(labels_BT.shape))
+    if reduction == "entropy":
+        log_probs_N, entropy_N = linear_log_probs_and_entropy(x_NE, weight_VE, labels_N, temperature)
+        return MiniGPTOutput(log_probs=log_probs_N.view(labels_BT.shape), entropy=entropy_N.view(labels_BT.shape))
+    raise ValueError(f"reduction is {reduction!r}; give sum, none or entropy")
 
 
 class MiniGPT(DecoderModel):
@@ -384,12 +387,7 @@ class MiniGPT(DecoderModel):
         x_BTE = self.hidden_states(input_ids, position_ids, document_ids, kv_cache, cu_seqlens)
         if labels is None:
             return MiniGPTOutput(logits=self.lm_head(x_BTE))
-        if reduction == "none":
-            return MiniGPTOutput(log_probs=self.lm_head(x_BTE, labels, reduction="none", temperature=temperature))
-        if reduction == "entropy":
-            log_probs, entropy = self.lm_head(x_BTE, labels, reduction="entropy", temperature=temperature)
-            return MiniGPTOutput(log_probs=log_probs, entropy=entropy)
-        return MiniGPTOutput(loss_sum=self.lm_head(x_BTE, labels, weights))
+        return self.lm_head(x_BTE, labels, weights, reduction, temperature)
 
     @torch.no_grad()
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 64, **sampling: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,13 @@ from torch import nn
 from minigpt.model.model_lora import LoRA
 from minigpt.trainer.engine import Engine
 
-BUCKET_BYTES = 32 << 20
+BUCKET_BYTES = 128 << 20
 VERSIONS_KEPT = 2
 ALIGNMENT = 8  # of tensors that lie end to end
+# Ray starts six threads to copy an array of more than 1 MiB. For one of a few MiB that takes longer than the copy, so
+# it is handed over in slices; they come back end to end, since their size is a multiple of the store's alignment.
+SLICE_BYTES = 1 << 20
+LARGE_BYTES = 16 << 20  # here the threads are worth it
 
 
 class Entry(NamedTuple):
@@ -45,7 +50,8 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Some tensors: `data` is the bytes of each (uint8), a reference to them in Ray's store, or None: elsewhere."""
+    """Some tensors: `data` is the bytes of each (uint8), a reference to their `slices` in Ray's store, or None:
+    elsewhere."""
 
     entries: list[Entry]
     data: Any
@@ -153,10 +159,27 @@ def tensors_in(entries: Sequence[Entry], data: Sequence[torch.Tensor]) -> Iterat
         yield entry.name, piece.view(entry.dtype).view(entry.shape)
 
 
-def unpack(published: Published, fetch: Callable[[Any], list[np.ndarray]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of every weight; the tensors are read-only views of what `fetch(bucket.data)` returns."""
+def slices(pieces: Sequence[torch.Tensor]) -> list[list[np.ndarray]]:
+    """The bytes (uint8, on a CPU) of each tensor of a bucket as the store takes them fastest; no copies."""
+    return [[part.numpy() for part in piece.split(_slice_bytes(len(piece)))] for piece in pieces]
+
+
+def _slice_bytes(nbytes: int) -> int:
+    return SLICE_BYTES if SLICE_BYTES < nbytes < LARGE_BYTES else max(nbytes, 1)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """One array of slices: a view of the memory that they share, if they lie end to end in it."""
+    if any(a.ctypes.data + len(a) != b.ctypes.data for a, b in pairwise(parts)):
+        return np.concatenate(parts)
+    return np.lib.stride_tricks.as_strided(parts[0], (sum(map(len, parts)),), writeable=False)
+
+
+def unpack(published: Published, fetch: Callable[[Any], list[list[np.ndarray]]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of every weight; the tensors are read-only views of the `slices` that `fetch(bucket.data)`
+    returns."""
     for bucket in published.buckets:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch says that the arrays must not be written to
-            data = [torch.from_numpy(array) for array in fetch(bucket.data)]
+            data = [torch.from_numpy(_joined(parts)) for parts in fetch(bucket.data)]
         yield from tensors_in(bucket.entries, data)

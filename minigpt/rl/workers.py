@@ -50,6 +50,7 @@ from .publish import (
     bucket_plan,
     data_bytes,
     lay,
+    slices,
     split,
     tensors_in,
     unpack,
@@ -451,7 +452,7 @@ class PolicyWorker(TrainedWorker):
                 result = self.engine.step(learning_rate)
                 norms.append(result.grad_norm)
                 skipped += not result.applied
-        loss, *metrics, labels, gap_sum, gap_n = self.engine.sum_over_ranks(
+        loss, *metrics, labels, gap_sum, gap_n = self.engine.processes.sum(
             [*sums.tolist(), labels, gaps.total, float(gaps.count)]
         )
         found = {"loss": loss / denominators}
@@ -484,7 +485,7 @@ class PolicyWorker(TrainedWorker):
         for one in window.passes:
             one.arrays["weights"] = one.arrays["weights"].copy()
             one.arrays["weights"].reshape(-1)[one.positions] = weights.numpy()[one.answer_tokens]
-        return self.engine.sum_over_ranks([denominator])[0]
+        return self.engine.processes.sum([denominator])[0]
 
     def open_transport(self) -> tuple[tuple[str, int], list[list[Entry]]]:
         """Where the group for broadcasts can meet, and what will come in each bucket; asked of rank 0."""
@@ -567,7 +568,7 @@ class PolicyWorker(TrainedWorker):
 
 def _store(pieces: list[torch.Tensor]) -> ray.ObjectRef:
     """The bytes of a bucket's tensors in the object store, which takes arrays without a copy before its own."""
-    return ray.put([piece.numpy() for piece in pieces])
+    return ray.put(slices(pieces))
 
 
 @dataclass
@@ -628,7 +629,7 @@ class CriticWorker(TrainedWorker):
         norms = []
         for _ in range(o.update_epochs):
             for window in windows:
-                (count,) = self.engine.sum_over_ranks([float(window.mine.answer_lens.sum())])
+                (count,) = self.engine.processes.sum([float(window.mine.answer_lens.sum())])
                 for one in window.passes:
                     tensors = self._tensors(one, self.network, ["labels", "values", "returns"])
                     output = self.engine.forward_backward(tensors, 1.0 / max(1.0, count))
@@ -637,7 +638,7 @@ class CriticWorker(TrainedWorker):
                 norms.append(result.grad_norm)
                 skipped += not result.applied
                 steps += 1
-        (total,) = self.engine.sum_over_ranks([total])
+        (total,) = self.engine.processes.sum([total])
         found = {"value_loss": total / steps, "value_grad_norm": float(np.mean(norms)), "value_skipped": float(skipped)}
         return Timed(found, time.perf_counter() - started)
 

@@ -51,11 +51,11 @@ def save(engine: Engine, run: Path, state: dict[str, Any], keep: int) -> Path:
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    engine.barrier()
+    engine.processes.barrier()
     try:
         engine.save_state(partial)
         torch.save(_rng_state(), partial / f"rng_{rank:05d}.pt")
-        engine.barrier()
+        engine.processes.barrier()
         if rank == 0:
             _seal(partial, {**state, "world_size": engine.world_size})
             if final.exists():  # of a run that was started anew; nobody saves the same step twice
@@ -70,7 +70,7 @@ def save(engine: Engine, run: Path, state: dict[str, Any], keep: int) -> Path:
             f"the checkpoint of step {state['step']} could not be written to {final.parent} ({_reason(error)}); "
             "free some space and run the same command again, without --overwrite: it goes on from the checkpoint before"
         ) from error
-    engine.barrier()
+    engine.processes.barrier()
     return final
 
 

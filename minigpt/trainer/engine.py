@@ -1,6 +1,6 @@
 """The one module that touches DeepSpeed: initialise, forward, backward, step, checkpoint, weights.
 
-The rest of the trainer sees an `Engine` and knows neither ZeRO stages nor process groups. What DeepSpeed leaves to its
+The rest of the trainer sees an `Engine`, and its fellow processes through `Processes`. What DeepSpeed leaves to its
 caller is settled here once:
 
 - the loss is a sum that the caller scales by the weight of the *global* batch, so gradients do not depend on
@@ -52,6 +52,27 @@ class Processes:
     local_rank: int
     world_size: int
     device: torch.device
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sums over all processes, in float64."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor)
+        return tensor.tolist()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on all of them; it is pickled."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all of them."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
 
 
 def init_processes() -> Processes:
@@ -132,7 +153,11 @@ class Engine:
         self.config = _deepspeed_config(config, dtype, grad_clip)
         self.zero_stage: int = self.config["zero_optimization"]["stage"]
         module = module.to(self.device)
-        masters = {name: p.detach().float().cpu().clone() for name, p in module.named_parameters()}
+        masters = {
+            name: p.detach().float().cpu().clone()
+            for name, p in module.named_parameters()
+            if dtype != torch.float32 or not p.requires_grad
+        }
         frozen = {name: masters[name] for name, p in module.named_parameters() if not p.requires_grad}
         self.frozen_hash = _hash_of(frozen) if frozen else None
         # In bf16 the compute copy of a frozen weight has lost bits that no master keeps
@@ -220,19 +245,6 @@ class Engine:
         if self.zero_stage == 0:
             return self._guard.result
         return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
-
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Element-wise sums over all processes, in float64."""
-        if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor)
-        return tensor.tolist()
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
 
     def master_weights(self) -> dict[str, torch.Tensor]:
         """The float32 weights by name, on the CPU. All ranks call it; only rank 0 keeps the result (others: empty)."""

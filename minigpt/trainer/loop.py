@@ -101,8 +101,9 @@ class Trainer:
         valid: What is held out, if anything is.
         network: What is trained: the model, with adapters in it or another head on it (see `Stage.network`).
         origin: In words, where its weights are from.
-        engine: Holds the network, its optimizer and their state.
-        micro_batch: Rows in one forward pass.
+
+    While it runs there are also `engine`, which holds the network, its optimizer and their state, and `micro_batch`,
+    the rows of one forward pass.
     """
 
     stage: Stage
@@ -180,7 +181,7 @@ class Trainer:
         found = None
         if self.processes.rank == 0:
             found = checkpoint.newest_good(self.run_folder.folder, self.run_folder.say)
-        found = self.engine_broadcast(found)
+        found = self.processes.broadcast(found)
         if found is None:
             return
         folder, state = found
@@ -194,14 +195,6 @@ class Trainer:
         if before != now:
             self.run_folder.say(f"it was written by {before} processes, now {now}: same samples, other rounding")
 
-    def engine_broadcast(self, value: Any) -> Any:
-        """Rank 0's value on all ranks."""
-        if self.processes.world_size == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
     def _steps(self, stop: GracefulStop) -> None:
         options, progress = self.options, self.progress
         batches = _prefetch(self._step_batches(), self.tensors, self.stage.statistics)
@@ -210,7 +203,7 @@ class Trainer:
         while progress.step < self.total_steps:
             micro_batches, local = next(batches)
             # Before the clock: it waits for the device. All ranks stop together, also if only one was asked
-            stop_asked, weight, tokens, labels, pairs = self.engine.sum_over_ranks([float(stop.asked), *local])
+            stop_asked, weight, tokens, labels, pairs = self.processes.sum([float(stop.asked), *local])
             if stop_asked:
                 self._leave(stop)
             if self._validation_is_due():
@@ -231,7 +224,7 @@ class Trainer:
             progress.skipped_steps += not result.applied
             logs = progress.step % options.log_interval == 0 or progress.step in (1, self.total_steps)
             if logs:
-                progress.last_loss, *metrics = (x * scale for x in self.engine.sum_over_ranks(sums.tolist()))
+                progress.last_loss, *metrics = (x * scale for x in self.processes.sum(sums.tolist()))
             seconds = time.monotonic() - started
             started += seconds
             progress.seconds += seconds
@@ -252,7 +245,7 @@ class Trainer:
         return bool(interval) and step > 0 and step % interval == 0 and self.progress.validated_step != step
 
     def _leave_if_asked(self, stop: GracefulStop) -> None:
-        if any(self.engine.sum_over_ranks([float(stop.asked)])):
+        if any(self.processes.sum([float(stop.asked)])):
             self._leave(stop)
 
     def _leave(self, stop: GracefulStop) -> None:
@@ -340,7 +333,7 @@ class Trainer:
             result = tasks.run(self.network.config, plain, device, dtype)
             self.run_folder.log(self.progress.step, {"kind": "eval", **result, "tokens": self.progress.tokens})
             reached = self._is_reached(result)
-        self.goal_reached = self.engine_broadcast(reached)
+        self.goal_reached = self.processes.broadcast(reached)
 
     def _is_reached(self, result: dict[str, float]) -> bool:
         """Whether `stop_when` ends the run here."""
@@ -393,7 +386,7 @@ class Trainer:
             "init": self.origin,
         }
         summary = self.run_folder.finish(self.stage, self.options, self.network, weights, self.data, extra)
-        self.engine.barrier()
+        self.processes.barrier()
         self.engine.close()
         return summary
 

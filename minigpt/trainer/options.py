@@ -177,7 +177,7 @@ def _require(good: bool, name: str, value: object, rule: str) -> None:
         raise UserError(f"--{name} is {value}, it must be {rule}")
 
 
-# Shapes of new models. Config S trains on a laptop; the others have head_dim 64 or 128, as flash kernels like it.
+# Shapes of new models. Config S trains on a laptop; the others have head_dim 128, which flash kernels are fastest with.
 PRESETS: dict[str, dict[str, int]] = {
     "s": {
         "hidden_size": 256,

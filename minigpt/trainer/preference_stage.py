@@ -114,7 +114,7 @@ class PreferenceStage(Stage):
         for batch in self.evaluation_batches(trainer, trainer.valid, trainer.options.eval_rows):
             output = trainer.engine.evaluate(trainer.tensors(self.prepared(batch, trainer.valid)))
             sums += [batch["pair_weights"].sum(dtype=np.float64), *output.double().tolist()]
-        pairs, *totals = trainer.engine.sum_over_ranks(sums.tolist())
+        pairs, *totals = trainer.processes.sum(sums.tolist())
         if not pairs:
             return {}
         values = {f"valid_{name}": total / pairs for name, total in zip(("loss", *self.metrics), totals, strict=True)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minigpt.dataset.shards import PackedDataset
+from minigpt.dataset.shards import PackedDataset, write_atomically
 from minigpt.errors import UserError
 from minigpt.observe.hardware import Peak, describe_hardware, package_version, peak_flops, source_commit
 from minigpt.observe.metrics import METRICS_FILE, RunLogger, truncate_metrics
@@ -122,8 +122,7 @@ class Run:
                 else:
                     path.unlink(missing_ok=True)
         self._cleared = True
-        if self.processes.world_size > 1:
-            torch.distributed.barrier()
+        self.processes.barrier()
 
     def identity(self, data: PackedDataset, network: Any) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued, and what it was made with."""
@@ -264,7 +263,5 @@ class Run:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is whole or as it was."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Write a file so that it is whole or as it was, also after a power cut."""
+    write_atomically(path, text.encode())

@@ -103,8 +103,7 @@ def prepare_data(stage: Stage, options: TrainOptions, processes: Processes, vali
         folder = Path(options.save_dir) / "data"
         if processes.rank == 0:
             _pack_into(folder, stage, options, valid_fraction)
-        if processes.world_size > 1:
-            torch.distributed.barrier()
+        processes.barrier()
     train = PackedDataset(folder, "train")
     if train.stage != stage.packed_as:
         raise UserError(

@@ -148,7 +148,7 @@ class Stage:
             loss += trainer.engine.evaluate(trainer.tensors(batch)).item()
             labels += float(counted.sum())
             byte_count += float(byte_lengths[batch["labels"][counted]].sum())
-        loss, labels, byte_count = trainer.engine.sum_over_ranks([loss, labels, byte_count])
+        loss, labels, byte_count = trainer.processes.sum([loss, labels, byte_count])
         if not labels:
             return {}
         result = {"valid_loss": loss / labels}

@@ -129,7 +129,7 @@ class DirectPreference(PreferenceStage, AdapterStage):
         tables, problem = None, ""
         if trainer.processes.rank == 0:
             tables, problem = read_tables(path, key)
-        tables = trainer.engine_broadcast(tables)
+        tables = trainer.processes.broadcast(tables)
         if tables is None:
             n = sum(len(data) for data in splits.values())
             why = f"{path} {problem}: " if problem else ""
@@ -146,7 +146,7 @@ class DirectPreference(PreferenceStage, AdapterStage):
             indices = batch.pop("pair_indices")
             found_P2 = trainer.engine.evaluate(trainer.tensors(batch)).cpu().numpy()
             table_P2[indices[indices >= 0]] = found_P2[indices >= 0]
-        return np.array(trainer.engine.sum_over_ranks(table_P2.ravel().tolist())).reshape(-1, 2)
+        return np.array(trainer.processes.sum(table_P2.ravel().tolist())).reshape(-1, 2)
 
     def extra_arrays(self, batch: Batch, data: PackedDataset) -> Batch:
         indices = batch["pair_indices"]

@@ -243,3 +243,12 @@ def test_long_rows_compile_once_and_mean_the_same():
         assert loss_difference <= 1e-6
         assert gradient_difference <= 1e-5
     assert graphs.frame_count == 1
+
+
+def test_arguments_that_would_mean_something_else_are_refused():
+    model = MiniGPT(MiniGPTConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="reduction is 'mean'"):
+        model(ids, labels=ids, reduction="mean")
+    with pytest.raises(ValueError, match="without document_ids"):
+        model(ids, cu_seqlens=torch.tensor([0, 2, 4], dtype=torch.int32))

@@ -34,7 +34,18 @@ from minigpt.rl.batch import RolloutBatch, micro_batches, restore
 from minigpt.rl.group import own_address
 from minigpt.rl.loop import without_dead_groups
 from minigpt.rl.losses import PolicyLossTerms, policy_objective
-from minigpt.rl.publish import Bucket, bucket_plan, data_bytes, lay, split, unpack, weight_buckets
+from minigpt.rl.publish import (
+    Bucket,
+    Entry,
+    Published,
+    bucket_plan,
+    data_bytes,
+    lay,
+    slices,
+    split,
+    unpack,
+    weight_buckets,
+)
 from minigpt.rl.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Worker
 from minigpt.trainer.checkpoint import checkpoint_folder
 from minigpt.trainer.setup import load_masters
@@ -347,7 +358,7 @@ def test_what_is_published_are_the_bits_that_the_policy_computes_with(tmp_path, 
     assert len(buckets) > 1 or bucket_bytes == 1 << 25
     published = policy.publish(0).value
     published = type(published)(3, buckets)
-    found = dict(unpack(published, lambda pieces: [piece.numpy() for piece in pieces]))
+    found = dict(unpack(published, slices))
     expected = dict(policy.network.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in expected.items():
@@ -383,6 +394,19 @@ def test_a_version_that_is_there_already_is_not_loaded_again(run):
     reloaded = worker.engine.version
     worker.load(published)
     assert worker.engine.version == reloaded
+
+
+def test_large_weights_are_read_where_the_store_has_them_whatever_slices_they_went_in_with(object_store):
+    sizes = [7, 1 << 20, (1 << 20) + 1, 3_000_001, 20 << 20, 0]
+    pieces = [torch.randint(256, (size,), dtype=torch.uint8) for size in sizes]
+    entries = [Entry(str(i), (size,), torch.uint8) for i, size in enumerate(sizes)]
+    reference = ray.put(slices(pieces))
+    stored = ray.get(reference)
+    assert [len(parts) for parts in stored] == [1, 1, 2, 3, 1, 1]
+    for bucket, shared in ((stored, True), ([[part.copy() for part in parts] for parts in stored], False)):
+        found = dict(unpack(Published(0, [Bucket(entries, bucket)]), lambda data: data))
+        assert all(torch.equal(found[str(i)], piece) for i, piece in enumerate(pieces))
+        assert (found["3"].data_ptr() == bucket[3][0].ctypes.data) == shared
 
 
 def test_a_sampler_answers_from_the_stores_memory_and_never_writes_into_it(run):

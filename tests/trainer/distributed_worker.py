@@ -101,7 +101,7 @@ def run_case(
     result: dict[str, Any] = {"losses": [], "norms": [], "applied": [], "weights": [full_weights(engine)]}
     for number, window in enumerate(windows(processes, micro_batch)):
         weight = sum(float(batch["weights"].sum()) for batch in window)
-        (weight,) = engine.sum_over_ranks([weight])
+        (weight,) = engine.processes.sum([weight])
         loss_sum = 0.0
         for batch in window:
             if with_nan and number == NAN_STEP and processes.rank == processes.world_size - 1:
@@ -109,7 +109,7 @@ def run_case(
                 batch["labels"][0, 0] = 1
             loss_sum += float(engine.forward_backward(to_tensors(batch, processes.device), 1.0 / weight))
         step = engine.step(1e-2)
-        (loss_sum,) = engine.sum_over_ranks([loss_sum])
+        (loss_sum,) = engine.processes.sum([loss_sum])
         result["losses"].append(loss_sum / weight)
         result["norms"].append(step.grad_norm)
         result["applied"].append(step.applied)

@@ -49,10 +49,10 @@ def train(engine: Engine, batches: list[list[dict[str, Any]]]) -> tuple[list[flo
     """Losses and gradient norms of a step for each window."""
     losses, norms = [], []
     for window in batches:
-        (weight,) = engine.sum_over_ranks([sum(float(batch["weights"].sum()) for batch in window)])
+        (weight,) = engine.processes.sum([sum(float(batch["weights"].sum()) for batch in window)])
         total = sum(float(engine.forward_backward(to_tensors(b, engine.device), 1.0 / weight)) for b in window)
         norms.append(engine.step(1e-2).grad_norm)
-        losses.append(engine.sum_over_ranks([total])[0] / weight)
+        losses.append(engine.processes.sum([total])[0] / weight)
     return losses, norms
 
 
@@ -64,9 +64,9 @@ def run_case(processes: Processes, stage: int, dtype: str, micro_batch: int, scr
     before = train(engine, batches[:INTERRUPTED_AT])
     if processes.rank == 0:
         scratch.mkdir()
-    engine.barrier()
+    engine.processes.barrier()
     engine.save_state(scratch)
-    engine.barrier()
+    engine.processes.barrier()
     after = train(engine, batches[INTERRUPTED_AT:])
     result |= {"losses": before[0] + after[0], "norms": before[1] + after[1], "final": engine.master_weights()}
     engine.close()

@@ -95,12 +95,12 @@ def run_case(processes: Processes, name: str, zero_stage: int, rows: int) -> dic
     )
     result: dict[str, Any] = {"sums": [], "norms": []}
     for number, window in enumerate(islice(windows, STEPS)):
-        (weight,) = engine.sum_over_ranks([sum(stage.statistics(batch).label_weight for batch in window)])
+        (weight,) = engine.processes.sum([sum(stage.statistics(batch).label_weight for batch in window)])
         sums = torch.zeros(1 + len(stage.metrics))
         for batch in window:
             sums += engine.forward_backward(to_tensors(batch, processes.device), 1.0 / weight)
         result["norms"].append(engine.step(1e-2).grad_norm)
-        result["sums"].append([value / weight for value in engine.sum_over_ranks(sums.tolist())])
+        result["sums"].append([value / weight for value in engine.processes.sum(sums.tolist())])
         if number == 0:
             result["gradients"] = first_gradients(engine)
     result["weights"] = full_weights(engine)
