@@ -12,7 +12,9 @@ from minigpt.rl.options import GRPOOptions, PPOOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = REPOSITORY / "minigpt" / "rl" / "recipes"
-GPUS = {"grpo_cpu": 0, "ppo_cpu": 0, "grpo_1gpu": 1, "grpo_8gpu": 8, "grpo_2x8gpu": 16}
+MACHINES = {"cpu": 0, "1gpu": 1, "8gpu": 8, "2x8gpu": 16}
+GPUS = {f"{stage}_{machine}": gpus for stage in ("grpo", "ppo") for machine, gpus in MACHINES.items()}
+CPUS_A_GPU = 4  # a machine has more
 WITHOUT_CRITIC = ["policy", "reference", "rollout"]
 
 
@@ -35,6 +37,7 @@ def test_a_recipe_is_options_whose_layout_takes_the_machine_and_no_more(name, mo
     roles = [*WITHOUT_CRITIC, *(["critic"] if name.startswith("ppo") else [])]
     found = bundles(choose_layout(options.layout, GPUS[name]), roles)
     assert sum(bundle.resources.get("GPU", 0) for bundle in found) == pytest.approx(GPUS[name])
+    assert sum(bundle.resources["CPU"] for bundle in found) <= CPUS_A_GPU * max(1, GPUS[name])
     samplers = sum(role == "rollout" for bundle in found for role, _ in bundle.workers)
     assert options.prompts_per_step % samplers == 0, "some samplers would have a prompt more than others"
 
