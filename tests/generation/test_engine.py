@@ -261,6 +261,36 @@ def test_batch_invariant_results_are_equal_bit_for_bit_whatever_runs_beside(make
     assert reused.stats.prefix_hit_tokens > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant_results_of_config_s_are_the_same_alone_and_in_a_batch_of_64(make_model, dtype, computed_by):
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 832}
+    model = make_model(vocab_size=6400, hidden_size=256, max_position_embeddings=512, **shape).to(dtype)
+    generator = random.Random(3)
+    prompts = [[generator.randrange(6400) for _ in range(3 + 5 * i % 97)] for i in range(64)]
+    kinds = [
+        SamplingParams(max_new_tokens=8, temperature=1.0, seed=3),
+        SamplingParams(max_new_tokens=8, temperature=0.9, top_p=0.9, seed=3),
+        SamplingParams(max_new_tokens=8, temperature=0.0),
+        SamplingParams(max_new_tokens=8, temperature=0.8, top_k=50, repetition_penalty=1.2, seed=1),
+    ]
+
+    def answers(numbers) -> dict[int, list[tuple]]:
+        engine = Engine(model, slots=64, batch_invariant=True, prefix_cache_tokens=0)
+        requests = {
+            i: engine.submit(prompts[i], kinds[i % 4], sequence_ids=[i], log_probs=True, top_log_probs=3)
+            for i in numbers
+        }
+        engine.step()
+        assert engine.stats.running == len(requests)
+        run(engine)
+        return {i: [*results(r), r.completions[0].top_log_probs] for i, r in requests.items()}
+
+    together = answers(range(64))
+    assert answers(reversed(range(64))) == together
+    for i in (0, 17, 38, 63):  # one of each kind
+        assert answers([i])[i] == together[i]
+
+
 def test_batch_invariant_results_of_a_later_turn_do_not_depend_on_whether_the_earlier_one_ran_here(model):
     """What decode steps wrote into the cache rounds otherwise than reading the same text, so it must not be reused."""
     prompt, params = prompts_of([100])[0], SamplingParams(max_new_tokens=200, seed=5)

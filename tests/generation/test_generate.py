@@ -1,9 +1,12 @@
 """The KV cache, ragged batches and stopping, against the model without a cache and against transformers."""
 
+import copy
+import math
 import random
 
 import pytest
 import torch
+from test_sampling import exact_distribution
 
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.engine import Completion, generate, generate_ids, stream
@@ -141,22 +144,31 @@ def test_continuing_from_the_middle_gives_the_same_sequence(model):
     assert whole[:15] + rest == whole
 
 
-def test_log_probs_equal_the_full_forward_pass_and_behaviour_the_filtered_distribution(model):
-    temperature, top_k = 0.7, 5
-    params = SamplingParams(max_new_tokens=30, temperature=temperature, top_k=top_k, seed=2)
-    prompts = prompts_of([4, 30])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_log_probs_equal_the_full_forward_pass_and_behaviour_the_filtered_distribution(model, filters, computed_by):
+    """In float64, from the logits of the whole text, one token after the other by the definition."""
+    params = SamplingParams(max_new_tokens=30, temperature=0.7, seed=2, **filters)
+    exact, prompts = copy.deepcopy(model).double(), prompts_of([4, 30])
     for prompt, completion in zip(prompts, generate(model, prompts, params, log_probs=True), strict=True):
         with torch.no_grad():
-            logits = (
-                model(torch.tensor([prompt + completion.ids])).logits[0].double()[len(prompt) - 1 : -1] / temperature
-            )
-        chosen = torch.tensor(completion.ids)[:, None]
-        full = logits.log_softmax(-1).gather(1, chosen)[:, 0]
-        kept = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-        filtered = kept.log_softmax(-1).gather(1, chosen)[:, 0]
+            logits = exact(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
+        full = (logits / params.temperature).log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        filtered = [
+            math.log(exact_distribution(logits[i].tolist(), params, {*prompt, *completion.ids[:i]})[token])
+            for i, token in enumerate(completion.ids)
+        ]
         assert (torch.tensor(completion.log_probs) - full).abs().max() <= 1e-5
-        assert (torch.tensor(completion.behaviour_log_probs) - filtered).abs().max() <= 1e-5
-        assert (filtered - full).max() > 0.01
+        assert (torch.tensor(completion.behaviour_log_probs) - torch.tensor(filtered)).abs().max() <= 1e-5
+        assert (torch.tensor(filtered) - full).abs().max() > 0.01
 
 
 def test_equal_prompts_with_equal_params_are_read_once_whoever_made_the_params(model, monkeypatch):
@@ -181,8 +193,6 @@ def test_equal_prompts_with_equal_params_are_read_once_whoever_made_the_params(m
 
 
 def test_bfloat16_models_generate(model):
-    import copy
-
     half = copy.deepcopy(model).to(torch.bfloat16)
     completion = generate(half, prompts_of([5]), SamplingParams(max_new_tokens=20, temperature=0))[0]
     assert len(completion.ids) == 20

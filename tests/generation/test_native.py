@@ -10,12 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_sampling import (
+    DRAWS,
+    LOGITS,
+    MIXED,
+    SEEN,
+    SETTINGS,
+    chi_square,
+    exact_distribution,
+    in_groups,
+    largest_statistic,
+)
 
 import minigpt
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.engine import Engine
 from minigpt.generation.native import NativeDecoder, draws_of, library
-from minigpt.generation.sampling import SamplingParams, SamplingTensors, sample, uniforms
+from minigpt.generation.sampling import SamplingParams, SamplingTensors, adjust, sample, uniforms
 from minigpt.model.kv_cache import KVCache
 from minigpt.model.model_minigpt import MiniGPT
 from minigpt.model.native import load_native
@@ -183,6 +194,37 @@ def test_the_same_random_numbers_draw_the_same_tokens_as_in_torch(name, tied, sp
     assert np.abs(rows["log_prob"] - expected.log_probs.double().numpy())[same].max() <= 1e-5
     same &= np.abs(rows["behaviour_log_prob"] - expected.behaviour_log_probs.double().numpy()) <= 1e-5
     assert same.mean() >= 0.99
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_frequencies_fit_the_exact_distribution(name):
+    p, V = SETTINGS[name], len(LOGITS)
+    seen = torch.zeros(DRAWS, V, dtype=torch.bool)
+    seen[:, list(SEEN)] = True
+    sampler, rows = native_sampler(V, DRAWS), draws_of([p] * DRAWS, V)
+    sampler.logits_BV[:], rows["uniform"] = LOGITS, uniforms(seed=7, sequence=0, start=0, count=DRAWS)
+    adjusted = adjust(sampler.logits_BV, SamplingTensors.of([p] * DRAWS, V, "cpu"), seen, None)
+    sampler.draw(rows, True, adjusted)
+    expected = exact_distribution(LOGITS.double().tolist(), p, SEEN)
+    statistic, freedom = chi_square(np.bincount(rows["id"], minlength=V), expected)
+    assert statistic <= largest_statistic(freedom)
+    assert np.abs(rows["behaviour_log_prob"] - np.log(expected[rows["id"]])).max() <= 1e-5
+    full = (LOGITS.double() / p.temperature).log_softmax(0).numpy()[rows["id"]]
+    assert np.abs(rows["log_prob"] - full).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_large_vocabulary_is_sampled_by_the_definition_whatever_way_is_taken(name):
+    torch.manual_seed(0)
+    logits, p, count = torch.randn(3200) * 2, MIXED[name], DRAWS // 4
+    sampler, rows = native_sampler(3200, count), draws_of([p] * count, 3200)
+    sampler.logits_BV[:], rows["uniform"] = logits, uniforms(seed=3, sequence=0, start=0, count=count)
+    sampler.draw(rows, True)
+    expected = exact_distribution(logits.double().tolist(), p)
+    assert (expected[rows["id"]] > 0).all()
+    statistic, freedom = chi_square(*in_groups(rows["id"], expected))
+    assert statistic <= largest_statistic(freedom)
+    assert np.abs(rows["behaviour_log_prob"] - np.log(expected[rows["id"]])).max() <= 1e-5
 
 
 def test_adjusted_logits_are_sampled_from_and_the_models_own_give_the_log_probs():

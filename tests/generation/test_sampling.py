@@ -46,6 +46,17 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, in
     return float(((counts[possible] - expected) ** 2 / expected).sum()), int(possible.sum()) - 1
 
 
+def largest_statistic(freedom: int) -> float:
+    """What the statistic exceeds with probability 1e-4 (Wilson-Hilferty)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3 if freedom else 0.0
+
+
+def in_groups(ids: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and probabilities of 20 groups of neighbouring tokens of about equal mass."""
+    groups = np.minimum(np.floor(np.cumsum(probabilities) * 20 * (1 - 1e-9)).astype(int), 19)
+    return np.bincount(groups[ids], minlength=20), np.bincount(groups, weights=probabilities, minlength=20)
+
+
 SETTINGS = {
     "plain": SamplingParams(),
     "cold": SamplingParams(temperature=0.5),
@@ -73,9 +84,7 @@ def test_frequencies_fit_the_exact_distribution(name):
     drawn = sample(rows, SamplingTensors.of([p] * DRAWS, len(LOGITS), "cpu"), numbers, seen, log_probs=True)
     expected = exact_distribution(LOGITS.double().tolist(), p, SEEN if p.repetition_penalty != 1 else set())
     statistic, freedom = chi_square(np.bincount(drawn.ids.numpy(), minlength=len(LOGITS)), expected)
-    # Wilson-Hilferty: the statistic exceeds this with probability 1e-4
-    limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3 if freedom else 0.0
-    assert statistic <= limit
+    assert statistic <= largest_statistic(freedom)
     behaviour = torch.from_numpy(np.log(expected[drawn.ids.numpy()]))
     assert (drawn.behaviour_log_probs - behaviour).abs().max() <= 1e-5
     full = (LOGITS.double() / p.temperature).log_softmax(0)[drawn.ids]
@@ -207,11 +216,9 @@ def test_a_large_vocabulary_is_sampled_by_the_definition_whatever_way_is_taken(n
     rows = logits.expand(len(numbers), -1)
     drawn = sample(rows, SamplingTensors.of([p] * len(numbers), 3200, "cpu"), numbers, log_probs=True)
     expected = exact_distribution(logits[0].double().tolist(), p)
-    groups = np.minimum(np.floor(np.cumsum(expected) * 20 * (1 - 1e-9)).astype(int), 19)
-    masses = np.bincount(groups, weights=expected, minlength=20)
     assert (expected[drawn.ids.numpy()] > 0).all()
-    statistic, freedom = chi_square(np.bincount(groups[drawn.ids.numpy()], minlength=20), masses)
-    assert statistic <= freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    statistic, freedom = chi_square(*in_groups(drawn.ids.numpy(), expected))
+    assert statistic <= largest_statistic(freedom)
     assert (drawn.behaviour_log_probs - torch.from_numpy(np.log(expected[drawn.ids.numpy()]))).abs().max() <= 1e-5
 
 
@@ -287,7 +294,7 @@ def test_logit_bias_adds_to_logits_and_leaves_the_models_own_log_probs():
     seen = np.bincount(drawn.ids.numpy(), minlength=len(LOGITS))
     possible = expected > 1e-9
     statistic, freedom = chi_square(seen[possible], expected[possible] / expected[possible].sum())
-    assert statistic <= freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert statistic <= largest_statistic(freedom)
     own = (LOGITS.double() / 1.5).log_softmax(0)[drawn.ids]
     assert (drawn.log_probs - own).abs().max() <= 1e-5
 
