@@ -4,8 +4,7 @@
 
 publish: seconds from the policy's weights to a sampler that answers with them, at ZeRO stages 0 to 3 and by both
 transports, against copying the same tensors within a process by one thread. What the sampler does with the new weights
-for its kernels (`Decoder`, `NativeDecoder`) is measured apart: it is no transport, and would follow any. On a machine
-that others use, look at the CPU time: of this process, the policy and the sampler together, means over the rounds.
+for its kernels (`Engine.refresh`) is timed in the sampler and taken off: it is no transport, and would follow any.
 
 overlap: seconds of a GRPO step with `--overlap 0` and `1`, policy and samplers with one thread each. With g seconds of
 sampling and t of all the rest, both without overlap, a step of g + t can become max(g, t), so (g + t) / max(g, t) is
@@ -37,6 +36,7 @@ from minigpt.observe.hardware import probe_machine
 PARTS = ("publish", "overlap", "memory")
 STAGES = (0, 1, 2, 3)
 TRANSPORTS = {"object store": None, "broadcast": "gloo"}
+WARMUP_ROUNDS = 6
 # 90M parameters: buckets are full, and weights are most of a process
 LARGE = {**CONFIG_S, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048}
 SMOKE = {**CONFIG_S, "hidden_size": 64, "num_hidden_layers": 1}
@@ -103,19 +103,36 @@ def publish_at(stage: int, arguments: argparse.Namespace, init: Path) -> dict[st
     import torch
     from ray.util import remove_placement_group
 
-    from minigpt.generation.engine import Engine
     from minigpt.rl.delivery import Delivery
     from minigpt.rl.group import WorkerGroup, place
     from minigpt.rl.layout import Role, bundles, laptop
     from minigpt.rl.workers import PolicyWorker, RolloutWorker
     from minigpt.trainer.setup import load_masters
 
+    class Sampler(RolloutWorker):
+        """Knows how long its kernels' preparation took the last time."""
+
+        def setup(self) -> None:
+            super().setup()
+            refresh = self.engine.refresh
+
+            def timed() -> int:
+                started = time.perf_counter()
+                version = refresh()
+                self.seconds = time.perf_counter() - started
+                return version
+
+            self.engine.refresh = timed
+
+        def kernel_seconds(self) -> float:
+            return self.seconds
+
     job = _job(init, stage)
     layout = {**laptop(), "policy": Role(arguments.ranks, threads=1), "rollout": Role(threads=1)}
     needed = bundles(layout, ["policy", "rollout"])
     placement = place(needed, 60.0)
     policy = WorkerGroup(PolicyWorker, "policy", layout, needed, placement, (job,), 600.0)
-    sampler = WorkerGroup(RolloutWorker, "rollout", layout, needed, placement, (job,), 600.0)
+    sampler = WorkerGroup(Sampler, "rollout", layout, needed, placement, (job,), 600.0)
     try:
         loading = sampler.all("setup")
         address = policy.wait([policy.one(0, "address")], "find a port")[0] if arguments.ranks > 1 else None
@@ -124,34 +141,36 @@ def publish_at(stage: int, arguments: argparse.Namespace, init: Path) -> dict[st
         delivery = Delivery(policy, sampler, lambda sentence: print(sentence, file=sys.stderr))
         source = load_masters(init).to(torch.float32 if stage == 0 else torch.bfloat16)
         target = [torch.empty_like(p) for p in source.parameters()]
-        engine = Engine(source, slots=job.options.rollout_slots, max_length=job.longest, prefix_cache_tokens=0)
         versions = iter(range(10_000))
 
-        def deliver() -> None:
-            version = next(versions)
-            delivery.publish(version)
-            sampler.wait([sampler.one(0, "load", delivery.for_worker(0, version))], "load")
-
         @torch.no_grad()
-        def copy() -> None:
+        def copy() -> float:
+            started = time.perf_counter()
             for old, new in zip(target, source.parameters(), strict=True):
                 old.copy_(new)
+            return time.perf_counter() - started
 
-        def by(transport: str) -> Callable[[], None]:
-            def run() -> None:
-                delivery.backend = TRANSPORTS[transport]
-                deliver()
+        def by(transport: str) -> Callable[[], float]:
+            def deliver() -> float:
+                delivery.backend, version = TRANSPORTS[transport], next(versions)
+                started = time.perf_counter()
+                delivery.publish(version)
+                sampler.wait([sampler.one(0, "load", delivery.for_worker(0, version))], "load")
+                passed = time.perf_counter() - started
+                (kernels,) = sampler.wait([sampler.one(0, "kernel_seconds")], "look at its clock")
+                prepared.append(kernels)
+                return passed - kernels
 
-            return run
+            return deliver
 
-        tasks = {**{name: by(name) for name in TRANSPORTS}, "copy": copy, "prepare": engine.refresh}
-        seconds, cpu = _interleaved(tasks, arguments.rounds)
+        prepared: list[float] = []
+        seconds = _interleaved({**{name: by(name) for name in TRANSPORTS}, "copy": copy}, arguments.rounds)
     finally:
         policy.kill()
         sampler.kill()
         remove_placement_group(placement)
     size = sum(p.numel() * p.element_size() for p in source.parameters())
-    return {"bytes": size, "cpu": cpu, **seconds}
+    return {"bytes": size, "kernels": prepared, **seconds}
 
 
 def _job(init: Path, stage: int) -> Any:
@@ -171,52 +190,36 @@ def _job(init: Path, stage: int) -> Any:
     return Job(options, init, 256, 256, (0,), REPOSITORY / "minigpt" / "model", "grpo", config)
 
 
-def _interleaved(tasks: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every task in every round, every other backwards, after two that do not count; mean CPU seconds."""
+def _interleaved(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What every task returns in every round, every other backwards, after those that do not count.
+
+    The store's memory is new in the first ones, and new memory takes longer to get than to fill.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    cpu = dict.fromkeys(tasks, 0.0)
-    me = psutil.Process()
-    processes = [me, *(p for p in me.children(recursive=True) if "Worker" in (p.cmdline() or [""])[0])]
-    for number in range(-2, rounds):
+    for number in range(-WARMUP_ROUNDS, rounds):
         for name in tasks if number % 2 == 0 else reversed(tasks):
-            used, started = _cpu_seconds(processes), time.perf_counter()
-            tasks[name]()
+            found = tasks[name]()
             if number >= 0:
-                seconds[name].append(time.perf_counter() - started)
-                cpu[name] += (_cpu_seconds(processes) - used) / rounds
-    return seconds, cpu
-
-
-def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
-    times = [process.cpu_times() for process in processes]
-    return sum(t.user + t.system for t in times)
+                seconds[name].append(found)
+    return seconds
 
 
 def publishing_table(found: dict[int, dict[str, Any]], ranks: int) -> str:
-    """Markdown: milliseconds, and how many copies the transport is worth, kernels' preparation taken off."""
+    """Markdown: milliseconds without the kernels' preparation, and how many copies they are worth."""
     lines = [
         f"Publishing and loading, a policy of {ranks} rank(s):",
         "",
-        "| ZeRO | MB | copy, ms | kernels, ms | object store, ms | / copy | by CPU time | broadcast, ms | / copy "
-        "| by CPU time |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| ZeRO | MB | copy, ms | kernels, ms | object store, ms | / copy | broadcast, ms | / copy |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for stage, seconds in found.items():
         cells = []
         for transport in TRANSPORTS:
-            times = transport_over_copy(seconds, transport)
-            cpu = seconds["cpu"]
-            by_cpu = (cpu[transport] - cpu["prepare"]) / max(cpu["copy"], 1e-9)
-            cells += [f"{1e3 * statistics.median(seconds[transport]):.0f}", _range(times), f"{by_cpu:.2f}"]
-        copy, kernels = (f"{1e3 * statistics.median(seconds[name]):.0f}" for name in ("copy", "prepare"))
+            ratios = [moved / copied for moved, copied in zip(seconds[transport], seconds["copy"], strict=True)]
+            cells += [f"{1e3 * statistics.median(seconds[transport]):.0f}", _range(ratios)]
+        copy, kernels = (f"{1e3 * statistics.median(seconds[name]):.0f}" for name in ("copy", "kernels"))
         lines.append(f"| {stage} | {seconds['bytes'] / 1e6:.0f} | {copy} | {kernels} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def transport_over_copy(seconds: dict[str, Any], transport: str) -> list[float]:
-    """Round by round: (publish and load, without the kernels' preparation) / copy."""
-    rounds = zip(seconds[transport], seconds["prepare"], seconds["copy"], strict=True)
-    return [(whole - kernels) / copy for whole, kernels, copy in rounds]
 
 
 def _range(values: Sequence[float]) -> str:

@@ -62,6 +62,9 @@ class RLOptions:
         layout: Which role runs where: auto, laptop, colocate, split, or a YAML file (docs: the RL guide).
         sleep: Roles that share a device take turns: what the others hold there goes to the CPU's memory meanwhile.
             null: on GPUs that several roles share; true: on CPUs too.
+        publish: What the samplers get in a run with lora_rank. merged: all weights, the adapter in them. adapter: the
+            adapter alone, about a hundredth of the bytes; they hold the frozen weights and merge it themselves, which
+            takes the memory of the weights once more.
         weight_transport: How new weights reach the samplers. store: through Ray's object store. broadcast: to all of
             them at once, by NCCL between GPUs that are all different, else by gloo. auto: NCCL or store.
         ray_address: A running Ray cluster to join (host:port of its head, or auto). null: RAY_ADDRESS, or a private
@@ -139,6 +142,7 @@ class RLOptions:
     overlap: int = 0
     layout: str = "auto"
     sleep: bool | None = None
+    publish: Literal["merged", "adapter"] = "merged"
     weight_transport: Literal["auto", "store", "broadcast"] = "auto"
     ray_address: str | None = None
     rollout_slots: int = 64
@@ -192,6 +196,7 @@ class RLOptions:
             value = getattr(self, name)
             self._require(value is None or above < value < math.inf, name, f"null or a number above {above}")
         check_adapter(self)
+        self._require(self.publish == "merged" or self.lora_rank > 0, "publish", "merged without --lora_rank")
         self._require(self.overlap in (0, 1), "overlap", "0 or 1")
         self._require(bool(self.reward) or self.reward_model is not None, "reward", "at least one reward")
         self._require(self.overlong_buffer <= self.max_new_tokens, "overlong_buffer", "at most --max_new_tokens")

@@ -1,8 +1,9 @@
 """Weights on their way from the policy to those who sample: a few buckets of bytes with a version.
 
 What is published are the bits that the policy computes with (its bf16 copy, adapters merged as its forward pass merges
-them), so that the sampler and the policy differ by kernels only. All policy ranks walk the same buckets, because under
-ZeRO-3 a parameter is whole only while all ranks gather it; rank 0 copies.
+them), so that the sampler and the policy differ by kernels only. Or the adapter alone, for samplers that hold the
+frozen weights and merge it in the same way. All policy ranks walk the same buckets, because under ZeRO-3 a parameter is
+whole only while all ranks gather it; rank 0 copies.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Published:
-    """All weights of a version, under the names of the model without adapters."""
+    """The weights of a version: all, under the names of the model without adapters, or those of the adapter."""
 
     version: int
     buckets: list[Bucket]
@@ -86,27 +87,29 @@ class _Item(NamedTuple):
 
 
 @torch.no_grad()
-def weight_buckets(network: nn.Module, engine: Engine, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
-    """The network's weights as its forward pass uses them, as uint8 tensors on the engine's device.
+def weight_buckets(
+    network: nn.Module, engine: Engine, bucket_bytes: int = BUCKET_BYTES, adapter_only: bool = False
+) -> Iterator[Bucket]:
+    """The network's weights as its forward pass uses them, or its adapter's, as uint8 tensors on the engine's device.
 
     All ranks walk it; only rank 0 gets any bytes. They are the weights themselves wherever these are whole, so what is
     wanted of a bucket must be copied before the next one comes.
     """
-    for items in _plan(network, bucket_bytes):
+    for items in _plan(network, bucket_bytes, adapter_only):
         with engine.gathered([parameter for item in items for parameter in item.needs]):
             entries = [item.entry for item in items] if engine.processes.rank == 0 else []
             yield Bucket(entries, [_bytes_of(item) for item in items[: len(entries)]])
 
 
-def bucket_plan(network: nn.Module, bucket_bytes: int = BUCKET_BYTES) -> list[list[Entry]]:
+def bucket_plan(network: nn.Module, bucket_bytes: int = BUCKET_BYTES, adapter_only: bool = False) -> list[list[Entry]]:
     """What is in each bucket; a rank finds it alone."""
-    return [[item.entry for item in items] for items in _plan(network, bucket_bytes)]
+    return [[item.entry for item in items] for items in _plan(network, bucket_bytes, adapter_only)]
 
 
-def _plan(network: nn.Module, bucket_bytes: int) -> Iterator[list[_Item]]:
+def _plan(network: nn.Module, bucket_bytes: int, adapter_only: bool) -> Iterator[list[_Item]]:
     pending: list[_Item] = []
     size = 0
-    for item in _items(network):
+    for item in _adapter_items(network) if adapter_only else _items(network):
         pending.append(item)
         size += item.entry.nbytes
         if size >= bucket_bytes:
@@ -120,12 +123,23 @@ def _items(network: nn.Module) -> Iterator[_Item]:
     seen: set[int] = set()  # tied parameters have several names, and are published under the first
     for owner, module in network.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if name.startswith("lora_") or id(parameter) in seen:
+            if is_of_adapter(name) or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             adapted = isinstance(module, LoRA) and name == "weight"
             needs = list(module.parameters(recurse=False)) if adapted else [parameter]
             yield _Item(f"{owner}.{name}", module, parameter, needs)
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return name.rpartition(".")[2].startswith("lora_")
+
+
+def _adapter_items(network: nn.Module) -> Iterator[_Item]:
+    for name, parameter in network.named_parameters():
+        if is_of_adapter(name):
+            yield _Item(name, network, parameter, [parameter])
 
 
 def _bytes_of(item: _Item) -> torch.Tensor:

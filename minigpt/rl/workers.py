@@ -49,6 +49,7 @@ from .publish import (
     Published,
     bucket_plan,
     data_bytes,
+    is_of_adapter,
     lay,
     slices,
     split,
@@ -489,7 +490,10 @@ class PolicyWorker(TrainedWorker):
 
     def open_transport(self) -> tuple[tuple[str, int], list[list[Entry]]]:
         """Where the group for broadcasts can meet, and what will come in each bucket; asked of rank 0."""
-        return own_address(), bucket_plan(self.network)
+        return own_address(), self._plan_of_buckets()
+
+    def _plan_of_buckets(self) -> list[list[Entry]]:
+        return bucket_plan(self.network, adapter_only=self.job.options.publish == "adapter")
 
     def publish(self, version: int, broadcast: bool = False) -> Timed[Published]:
         """The weights in the object store, or to all who listen; all ranks call it, rank 0's result counts.
@@ -500,7 +504,8 @@ class PolicyWorker(TrainedWorker):
         started = time.perf_counter()
         kept = self._memory_to_keep() if broadcast else []
         buckets = []
-        for number, bucket in enumerate(weight_buckets(self.network, self.engine)):
+        adapter_only = self.job.options.publish == "adapter"
+        for number, bucket in enumerate(weight_buckets(self.network, self.engine, adapter_only=adapter_only)):
             if self.rank != 0:
                 continue
             if broadcast:
@@ -519,7 +524,7 @@ class PolicyWorker(TrainedWorker):
             return []
         if len(self._sent) >= VERSIONS_KEPT:
             return self._sent.pop(min(self._sent))
-        return [self._host_memory(data_bytes(entries)) for entries in bucket_plan(self.network)]
+        return [self._host_memory(data_bytes(entries)) for entries in self._plan_of_buckets()]
 
     def _send(self, bucket: Bucket, on_host: torch.Tensor) -> None:
         if self._transport is None:
@@ -541,7 +546,7 @@ class PolicyWorker(TrainedWorker):
         """The bucket in one piece, until the next one comes: new memory takes longer to get than to fill."""
         memory = self._memory.get(device)
         if memory is None:
-            size = max(data_bytes(entries) for entries in bucket_plan(self.network))
+            size = max(data_bytes(entries) for entries in self._plan_of_buckets())
             on_host = device.type == "cpu"
             memory = self._host_memory(size) if on_host else torch.empty(size, dtype=torch.uint8, device=device)
             self._memory[device] = memory
@@ -551,8 +556,7 @@ class PolicyWorker(TrainedWorker):
 
     def store(self, version: int) -> Published:
         """A version that was broadcast, in the object store; asked of rank 0."""
-        plan = bucket_plan(self.network)
-        kept = zip(plan, self._sent[version], strict=True)
+        kept = zip(self._plan_of_buckets(), self._sent[version], strict=True)
         return Published(version, [Bucket(entries, _store(split(entries, data))) for entries, data in kept])
 
     def export(self, folder: Path) -> list[str]:
@@ -713,11 +717,16 @@ class RolloutWorker(Worker):
     version = -1
 
     def setup(self) -> None:
-        """Make the model; its weights come with `load`."""
+        """Make the model; its weights, or those of its adapter, come with `load`."""
         self._alone()
-        self.network = MiniGPT(self.job.config).to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
-        self.asleep = False
         o = self.job.options
+        self.adapter_only = o.publish == "adapter"
+        network: Any = MiniGPT(self.job.config)
+        if self.adapter_only:
+            stage = PolicyStage(self.job.name)
+            network = stage.network(_loaded(load_masters, self.job.init), self.job.torch_options)
+        self.network = network.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        self.asleep = False
         self.engine = GenerationEngine(
             self.network,
             slots=min(o.rollout_slots, max(o.answers_per_step, o.eval_prompts)),
@@ -740,12 +749,24 @@ class RolloutWorker(Worker):
             self.engine.wake()
             self.asleep = False
 
+    def _expected(self) -> dict[str, torch.Tensor]:
+        """What a version consists of."""
+        return {n: p for n, p in self.network.named_parameters() if is_of_adapter(n) or not self.adapter_only}
+
+    @torch.no_grad()
     def load(self, published: Published) -> Timed[int]:
         """Take the weights of a version; a version that is there already is not loaded again."""
         started = time.perf_counter()
         if published.version != self.version:
-            # On a CPU the object store's memory becomes the weights': it stays as long as they refer to it
-            self.engine.load_weights(unpack(published, ray.get), adopt=True)
+            weights = unpack(published, ray.get)
+            if self.adapter_only:
+                expected = self._expected()
+                for name, tensor in weights:
+                    expected.pop(name).copy_(tensor)
+                assert not expected, f"nobody published {list(expected)}"
+                self.engine.refresh()
+            else:  # on a CPU the object store's memory becomes the weights': it stays as long as they refer to it
+                self.engine.load_weights(weights, adopt=True)
             self.version = published.version
         return Timed(self.version, time.perf_counter() - started)
 
@@ -755,7 +776,7 @@ class RolloutWorker(Worker):
         started = time.perf_counter()
         assert self._transport is not None, "the controller lets nobody receive who has not joined"
         self.version = -1  # until all of them are there
-        missing = dict(self.engine.model.named_parameters())
+        missing = self._expected()
         for parameter in missing.values():
             if not parameter.untyped_storage().resizable():  # of the object store, where nothing may be written
                 parameter.data = torch.empty_like(parameter)

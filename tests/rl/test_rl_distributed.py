@@ -104,13 +104,14 @@ def weights_of(samplers: WorkerGroup, rank: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array.copy()) for name, array in found.items()}
 
 
-def learn(run: Path, folder: Path, batches: list[RolloutBatch], ranks: int, stage: int) -> Result:
+def learn(run: Path, folder: Path, batches: list[RolloutBatch], ranks: int, stage: int, **options: Any) -> Result:
     layout_file = folder / "layout.yaml"
     layout_file.write_text(f"policy: {{workers: {ranks}, threads: 1}}\nrollout: {{threads: 1}}\n")
     layout = choose_layout(str(layout_file), 0)
     needed = bundles(layout, ["policy", "rollout"])
     placement = place(needed, 60)
-    job = make_job(run, kl_coefficient=0.1, grad_clip=1.0, deepspeed=CONFIGS / f"zero{stage}.json", update_epochs=2)
+    several = {"kl_coefficient": 0.1, "grad_clip": 1.0, "update_epochs": 2, **options}
+    job = make_job(run, deepspeed=CONFIGS / f"zero{stage}.json", **several)
     group = WorkerGroup(PolicyWorker, "policy", layout, needed, placement, (job,), 120.0)
     samplers = WorkerGroup(mortal(), "rollout", layout, needed, placement, (job,), 120.0)
     try:
@@ -125,7 +126,8 @@ def learn(run: Path, folder: Path, batches: list[RolloutBatch], ranks: int, stag
         delivery = Delivery(group, samplers, pytest.fail)
         delivery.setup("broadcast")
         delivery.publish(2)
-        (path, _) = group.wait(group.all("export", folder), "export")[0]
+        written = group.wait(group.all("export", folder), "export")[0]
+        path = next(path for path in written if path.endswith(".pth"))
         return Result(log_probs, metrics, torch.load(path, weights_only=True), found, weights_of(samplers))
     finally:
         group.kill()
@@ -291,6 +293,16 @@ def test_what_is_broadcast_are_the_bits_that_the_store_holds_at_every_zero_stage
     found = results[world]
     assert found.received.keys() == found.published.keys()
     assert all(torch.equal(tensor, found.published[name]) for name, tensor in found.received.items())
+
+
+def test_an_adapter_alone_is_gathered_and_broadcast_at_zero_3(run, batches, tmp_path):
+    found = learn(run, tmp_path, batches, 2, 3, lora_rank=4, publish="adapter")
+    adapter = {name for name in found.received if "lora_" in name}
+    assert found.published.keys() == adapter
+    assert all(found.published[name].any() for name in adapter), "it learned"
+    before = load_masters(run).state_dict()
+    for name, tensor in found.received.items():
+        assert torch.equal(tensor, found.published[name] if name in adapter else before[name]), name
 
 
 def test_who_missed_a_broadcast_gets_the_version_that_is_asked_for_and_the_next_one_reaches_all(run, batches):

@@ -104,6 +104,14 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(whole, world,
         assert ours == theirs
 
 
+def test_an_adapter_alone_may_be_published_and_changes_no_bit(whole, world, tmp_path):
+    run = tmp_path / "grpo"
+    train(world, run, "--publish=adapter")
+    assert [without_times(line) for line in metrics_of(run)] == [without_times(line) for line in metrics_of(whole)]
+    ours, theirs = load_masters(run).state_dict(), load_masters(whole).state_dict()
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
 def test_two_ranks_learn_what_one_does(whole, world, tmp_path):
     layout = tmp_path / "layout.yaml"
     layout.write_text("policy: {workers: 2, threads: 1}\n")
