@@ -83,14 +83,14 @@ class Decoder:
                 down=_Product((mlp.down_proj,), small, self.rows),
             )
             if before:
-                layer.settle(before[number])
+                layer.reuse_memory_of(before[number])
             self.layers.append(layer)
         self.final_norm = norm_weight(transformer.norm)
         head = getattr(self.model, "lm_head", None)
         if head is not None:
             product = _Product((head,), small, self.rows)
             if self.head is not None:
-                product.settle(self.head)
+                product.reuse_memory_of(self.head)
             self.head = product
         tensors = [self.embedding_VE, self.final_norm, *([] if self.head is None else self.head.tensors)]
         tensors += [tensor for layer in self.layers for tensor in layer.tensors]
@@ -154,12 +154,12 @@ class _Layer:
         norms = [self.input_norm, self.mlp_norm] + ([] if self.head_norm is None else [self.head_norm])
         return norms + [tensor for product in self.products for tensor in product.tensors]
 
-    def settle(self, before: _Layer) -> None:
+    def reuse_memory_of(self, before: _Layer) -> None:
         """Moves copies of weights to where those of `before` are."""
         if self.head_norm is not None and before.head_norm is not None:
             self.head_norm = before.head_norm.copy_(self.head_norm)
         for product, old in zip(self.products, before.products, strict=True):
-            product.settle(old)
+            product.reuse_memory_of(old)
 
 
 class _Product:
@@ -184,7 +184,7 @@ class _Product:
         """What a step reads, but for weights in oneDNN's layout."""
         return self._parts + ([] if self._bias is None else [self._bias])
 
-    def settle(self, before: _Product) -> None:
+    def reuse_memory_of(self, before: _Product) -> None:
         """Moves copies of weights to where those of `before` are; weights that are the model's own stay there."""
         for i, (new, old) in enumerate(zip(self._parts, before._parts, strict=True)):
             if self._copies[i] and before._copies[i]:

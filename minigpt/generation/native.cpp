@@ -53,7 +53,7 @@ struct Row {  // a token, where it belongs, and the slot whose first `shared` po
 };
 }
 
-// W, for who packs the weights.
+// W: the weights are packed in vectors of that length.
 extern "C" int vector_width() { return W; }
 
 // x W^T of all rows, panel by panel; use(panel, row, left, right) takes the sums of its 2 W columns.

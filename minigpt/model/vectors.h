@@ -9,7 +9,7 @@
 #include <cstring>
 #include <utility>
 
-// W: floats that are computed together, those of a register: of longer vectors GCC makes single numbers in places.
+// W: floats that are computed together, those of one register; GCC turns longer vectors into scalar code in places.
 // ROWS: rows that are multiplied by a panel together; their 2 ROWS sums must fit into the registers, of which there are 32
 // or 16. It divides COLUMNS.
 #if defined(__AVX512F__)

@@ -45,6 +45,7 @@ class Position:
         seconds: Of all steps.
         nan_steps: Skipped steps in a row.
         first_evaluation, last_evaluation: What was measured on held-out prompts.
+        evaluated_step: When the last of them was.
     """
 
     step: int = 0
@@ -56,6 +57,7 @@ class Position:
     nan_steps: int = 0
     first_evaluation: dict[str, Any] = field(default_factory=dict)
     last_evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluated_step: int = 0
 
 
 @dataclass

@@ -24,7 +24,7 @@ class PolicyLossTerms:
         temperature: Of all log-probabilities and of the entropy.
         entropy_coefficient: What is subtracted: this times the entropy.
         behaviour_cap: Of the importance weights between policy and sampler; None: no such weights.
-        max_sequences: No pass holds sequences of a higher number.
+        max_sequences: Upper bound on `sequence_ids` + 1 in a forward pass.
     """
 
     objective: PolicyObjective = "ppo"

@@ -161,7 +161,7 @@ def split(entries: Sequence[Entry], memory: torch.Tensor) -> list[torch.Tensor]:
     return [place[: entry.nbytes] for place, entry in zip(places, entries, strict=True)]
 
 
-def lay(bucket: Bucket, memory: torch.Tensor) -> None:
+def copy_into(bucket: Bucket, memory: torch.Tensor) -> None:
     """Put the tensors of a bucket end to end into memory (uint8), where `split` finds them."""
     for place, piece in zip(split(bucket.entries, memory), bucket.data, strict=True):
         place.copy_(piece)

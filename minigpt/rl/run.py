@@ -201,24 +201,28 @@ class _Attempt:
 
     def _steps(self, roles: Roles, position: Position) -> dict[str, Any]:
         o, run, loop = self.options, self.run, self.loop
-        run.start(self._description(), o.max_steps, position.step, None, torch.float32)
+        evaluated = position.evaluated_step == position.step
+        run.start(self._description(), o.max_steps, position.step, None, torch.float32, evaluated)
         roles.publish(position.step)
         if not position.first_evaluation:
             position.first_evaluation = self._evaluate(position)
         metrics: dict[str, float] = {}
         while position.step < o.max_steps:
+            due = o.eval_interval and position.step % o.eval_interval == 0
+            if due and position.evaluated_step != position.step:
+                position.last_evaluation = self._evaluate(position)
             metrics = loop.step()
             last = position.step == o.max_steps
             if position.step % o.log_interval == 0 or last or position.step == 1:
                 record = {"kind": "train", **metrics, "seconds": position.seconds, "tokens": position.tokens}
                 run.log(position.step, record)
-            if last or (o.eval_interval and position.step % o.eval_interval == 0):
-                position.last_evaluation = self._evaluate(position)
             if last or (o.save_interval and position.step % o.save_interval == 0) or self.stop.asked:
                 self._save(roles, position)
-            if self.stop.asked and not last:
+            if self.stop.asked:
                 run.say(f"stopped at step {position.step}; {run.same_command} goes on from here")
                 raise SystemExit(128 + self.stop.signal_number)
+        if position.evaluated_step != position.step:
+            position.last_evaluation = self._evaluate(position)
         return self._finish(roles, position, metrics)
 
     def _evaluate(self, position: Position) -> dict[str, Any]:
@@ -228,6 +232,7 @@ class _Attempt:
             numbers = {key: value for key, value in found.items() if isinstance(value, int | float)}
             numbers["seconds_eval"] = time.perf_counter() - started
             self.run.log(position.step, {"kind": "eval", **numbers, "tokens": position.tokens})
+        position.evaluated_step = position.step
         return found
 
     def _save(self, roles: Roles, position: Position) -> None:

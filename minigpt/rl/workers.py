@@ -13,8 +13,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -48,9 +49,9 @@ from .publish import (
     Entry,
     Published,
     bucket_plan,
+    copy_into,
     data_bytes,
     is_of_adapter,
-    lay,
     slices,
     split,
     tensors_in,
@@ -60,6 +61,7 @@ from .publish import (
 from .request import PromptRequest
 from .transport import Backend, WeightGroup
 
+P = ParamSpec("P")
 T = TypeVar("T")
 CPU_TOKENS, GPU_TOKENS = 2048, 32768  # of a forward pass, unless the options say otherwise
 
@@ -70,6 +72,18 @@ class Timed(Generic[T]):
 
     value: T
     seconds: float
+
+
+def timed(method: Callable[P, T]) -> Callable[P, Timed[T]]:
+    """A worker's method that says how long it computed."""
+
+    @wraps(method)
+    def run(*arguments: P.args, **named: P.kwargs) -> Timed[T]:
+        started = time.perf_counter()
+        value = method(*arguments, **named)
+        return Timed(value, time.perf_counter() - started)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,7 @@ class Worker:
         self._sleeper.sleep((*self.network.parameters(), *self.network.buffers()))
 
     def wake(self) -> None:
-        """Be as before `sleep`; nothing happens to who does not sleep."""
+        """Undo `sleep`; a no-op when awake."""
         self._sleeper.wake()
 
     def gpu(self) -> str | None:
@@ -378,7 +392,7 @@ class PolicyWorker(TrainedWorker):
         )
         self._make_engine(network, policy_objective(self.terms), processes, o.learning_rate)
         self._sent: dict[int, list[torch.Tensor]] = {}  # versions that were broadcast, by bucket
-        self._memory: dict[torch.device, torch.Tensor] = {}  # room for the largest bucket, by where it is
+        self._memory: dict[torch.device, torch.Tensor] = {}  # a staging buffer on each device
         return self.describe()
 
     def _host_memory(self, size: int) -> torch.Tensor:
@@ -393,8 +407,8 @@ class PolicyWorker(TrainedWorker):
         with adapters_off(self.network):
             return self._by_forward_pass(batch, self.engine.evaluate)
 
-    def _by_forward_pass(self, batch: RolloutBatch, forward: Callable[..., torch.Tensor]) -> Timed[np.ndarray]:
-        started = time.perf_counter()
+    @timed
+    def _by_forward_pass(self, batch: RolloutBatch, forward: Callable[..., torch.Tensor]) -> np.ndarray:
         names = [*self._columns(batch), "old_log_probs"]  # what an update takes, so that its compiled graph fits
         zeros = {name: np.zeros_like(batch.behaviour_log_probs) for name in names}
         coefficient = torch.zeros((), device=self.device)
@@ -404,7 +418,7 @@ class PolicyWorker(TrainedWorker):
             return output[1 + len(self.terms.metrics) :].float().cpu().numpy()
 
         found = self._run_passes(batch, zeros, ["labels", "sequence_ids", *zeros], run)
-        return Timed(found, time.perf_counter() - started)
+        return found
 
     def _columns(self, batch: RolloutBatch) -> list[str]:
         """What the loss takes besides the tokens, in the batch's columns or made for it."""
@@ -414,12 +428,12 @@ class PolicyWorker(TrainedWorker):
         behaviour = [] if self.terms.behaviour_cap is None else ["behaviour_log_probs"]
         return ["weights", "advantages", *behaviour, *optional]
 
-    def update(self, batch: RolloutBatch, learning_rate: float, kl_coefficient: float) -> Timed[dict[str, float]]:
+    @timed
+    def update(self, batch: RolloutBatch, learning_rate: float, kl_coefficient: float) -> dict[str, float]:
         """Learn from a batch with `advantages` (and `ref_log_probs`, `old_log_probs`); all ranks call it.
 
         Without `old_log_probs` they are the log-probabilities of the one update itself: its ratio is exactly 1.
         """
-        started = time.perf_counter()
         o = self.job.options
         columns = {
             **{name: batch.columns[name] for name in self._columns(batch) if name in batch.columns},
@@ -433,13 +447,13 @@ class PolicyWorker(TrainedWorker):
         coefficient = torch.tensor(kl_coefficient, device=self.device)
         sums = torch.zeros(1 + len(self.terms.metrics), device=self.device)
         norms, skipped, gaps = [], 0, _Gap()
-        denominators = labels = 0.0
+        optimizer_steps = labels = 0.0
         for epoch in range(o.update_epochs):
             order = np.random.default_rng([o.seed, int(batch.sample_ids[0]), epoch]).permutation(len(windows))
             for window in (windows[i] for i in order):
                 denominator = self._weigh(window)
                 labels += float(window.mine.answer_lens.sum())
-                denominators += 1
+                optimizer_steps += 1
                 scale = 1.0 / denominator if denominator else 0.0
                 for one in window.passes:
                     tensors = self._tensors(one, self.network, names)
@@ -456,7 +470,7 @@ class PolicyWorker(TrainedWorker):
         loss, *metrics, labels, gap_sum, gap_n = self.engine.processes.sum(
             [*sums.tolist(), labels, gaps.total, float(gaps.count)]
         )
-        found = {"loss": loss / denominators}
+        found = {"loss": loss / optimizer_steps}
         found |= {name: x / max(1.0, labels) for name, x in zip(self.terms.metrics, metrics, strict=True)}
         if "ref_log_probs" not in self._columns(batch):
             del found["kl"]  # nothing was compared
@@ -467,7 +481,7 @@ class PolicyWorker(TrainedWorker):
             "sampler_gap_mean": gap_sum / max(1.0, gap_n),
             "sampler_gap_max": self._max_over_ranks(gaps.largest),
         }
-        return Timed(found, time.perf_counter() - started)
+        return found
 
     def _max_over_ranks(self, value: float) -> float:
         if self.world_size == 1:
@@ -495,13 +509,13 @@ class PolicyWorker(TrainedWorker):
     def _plan_of_buckets(self) -> list[list[Entry]]:
         return bucket_plan(self.network, adapter_only=self.job.options.publish == "adapter")
 
-    def publish(self, version: int, broadcast: bool = False) -> Timed[Published]:
+    @timed
+    def publish(self, version: int, broadcast: bool = False) -> Published:
         """The weights in the object store, or to all who listen; all ranks call it, rank 0's result counts.
 
         A broadcast that fails is not told here, since the receivers know best what they have: all ranks go on to the
         last bucket, because under ZeRO-3 they gather it together, and `store` gives the version to whoever lacks it.
         """
-        started = time.perf_counter()
         kept = self._memory_to_keep() if broadcast else []
         buckets = []
         adapter_only = self.job.options.publish == "adapter"
@@ -509,14 +523,14 @@ class PolicyWorker(TrainedWorker):
             if self.rank != 0:
                 continue
             if broadcast:
-                lay(bucket, kept[number])
+                copy_into(bucket, kept[number])
                 self._send(bucket, kept[number])
                 buckets.append(Bucket(bucket.entries, None))
             else:
                 buckets.append(Bucket(bucket.entries, self._put(bucket)))
         if kept:
             self._sent[version] = kept
-        return Timed(Published(version, buckets), time.perf_counter() - started)
+        return Published(version, buckets)
 
     def _memory_to_keep(self) -> list[torch.Tensor]:
         """Room for a version that is broadcast: that of the oldest one, which nobody can ask for any more."""
@@ -551,7 +565,7 @@ class PolicyWorker(TrainedWorker):
             memory = self._host_memory(size) if on_host else torch.empty(size, dtype=torch.uint8, device=device)
             self._memory[device] = memory
         memory = memory[: data_bytes(bucket.entries)]
-        lay(bucket, memory)
+        copy_into(bucket, memory)
         return memory
 
     def store(self, version: int) -> Published:
@@ -607,12 +621,12 @@ class CriticWorker(TrainedWorker):
         )
         return self.describe()
 
-    def values(self, batch: RolloutBatch) -> Timed[tuple[np.ndarray, np.ndarray]]:
+    @timed
+    def values(self, batch: RolloutBatch) -> tuple[np.ndarray, np.ndarray]:
         """V of the state in which each answer token was chosen, float32 [A], and behind the last one, [S]."""
-        started = time.perf_counter()
         found = self._run_passes(batch, {}, [], self._values_of, width=2)
         last = np.cumsum(batch.answer_lens) - 1
-        return Timed((found[:, 0].copy(), found[last, 1]), time.perf_counter() - started)
+        return found[:, 0].copy(), found[last, 1]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """As the policy's, and one more is kept: a run killed before the policy's is written needs the one before."""
@@ -623,9 +637,9 @@ class CriticWorker(TrainedWorker):
         values = self.engine.evaluate(tensors).float().cpu().numpy()
         return np.stack((values, np.roll(values, -1)), axis=1)
 
-    def update(self, batch: RolloutBatch, learning_rate: float) -> Timed[dict[str, float]]:
+    @timed
+    def update(self, batch: RolloutBatch, learning_rate: float) -> dict[str, float]:
         """Learn the `returns` of a batch, whose `values` were those at sampling; all ranks call it."""
-        started = time.perf_counter()
         o = self.job.options
         columns = {name: batch.columns[name] for name in ("values", "returns")}
         windows = self._windows(batch, columns)
@@ -644,7 +658,7 @@ class CriticWorker(TrainedWorker):
                 steps += 1
         (total,) = self.engine.processes.sum([total])
         found = {"value_loss": total / steps, "value_grad_norm": float(np.mean(norms)), "value_skipped": float(skipped)}
-        return Timed(found, time.perf_counter() - started)
+        return found
 
 
 def _value_model(folder: Path) -> ValueModel:
@@ -674,10 +688,10 @@ class ReferenceWorker(Worker):
         assert found is not None
         return found
 
+    @timed
     @torch.no_grad()
-    def log_probs(self, batch: RolloutBatch) -> Timed[tuple[np.ndarray, np.ndarray]]:
+    def log_probs(self, batch: RolloutBatch) -> tuple[np.ndarray, np.ndarray]:
         """log π_ref of this worker's share: (sequences, float32 of their answer tokens end to end)."""
-        started = time.perf_counter()
         part = partition(batch.lengths, self.world_size)[self.rank]
         mine = batch.take(part)
         found = np.zeros(len(mine.behaviour_log_probs), dtype=np.float32)
@@ -685,7 +699,7 @@ class ReferenceWorker(Worker):
         for one in micro_batches(mine, self.job.row_length, self._rows, {}, fixed_shape=fixed) if len(mine) else []:
             log_probs = self._forward(**self._tensors(one, self.network, ["labels"]))
             found[one.answer_tokens] = log_probs.flatten().float().cpu().numpy()[one.positions]
-        return Timed((part, found), time.perf_counter() - started)
+        return part, found
 
 
 class RewardWorker(Worker):
@@ -701,14 +715,14 @@ class RewardWorker(Worker):
         self.network = self.network.to(device=self.device, dtype=self.dtype).eval()
         return found
 
-    def rewards(self, batch: RolloutBatch) -> Timed[tuple[np.ndarray, np.ndarray]]:
+    @timed
+    def rewards(self, batch: RolloutBatch) -> tuple[np.ndarray, np.ndarray]:
         """The reward of this worker's share: (sequences, float32 of each)."""
-        started = time.perf_counter()
         part = partition(batch.lengths, self.world_size)[self.rank]
         ends = np.cumsum(batch.lengths)
         texts = [batch.tokens[ends[i] - batch.lengths[i] : ends[i]] for i in part]
         found = self.network.rewards([text.tolist() for text in texts]).cpu().numpy()
-        return Timed((part, found), time.perf_counter() - started)
+        return part, found
 
 
 class RolloutWorker(Worker):
@@ -743,7 +757,7 @@ class RolloutWorker(Worker):
             self.asleep = True
 
     def wake(self) -> None:
-        """Be as before `sleep`; nothing happens to who does not sleep."""
+        """Undo `sleep`; a no-op when awake."""
         if self.asleep:
             super().wake()
             self.engine.wake()
@@ -753,10 +767,10 @@ class RolloutWorker(Worker):
         """What a version consists of."""
         return {n: p for n, p in self.network.named_parameters() if is_of_adapter(n) or not self.adapter_only}
 
+    @timed
     @torch.no_grad()
-    def load(self, published: Published) -> Timed[int]:
+    def load(self, published: Published) -> int:
         """Take the weights of a version; a version that is there already is not loaded again."""
-        started = time.perf_counter()
         if published.version != self.version:
             weights = unpack(published, ray.get)
             if self.adapter_only:
@@ -768,12 +782,12 @@ class RolloutWorker(Worker):
             else:  # on a CPU the object store's memory becomes the weights': it stays as long as they refer to it
                 self.engine.load_weights(weights, adopt=True)
             self.version = published.version
-        return Timed(self.version, time.perf_counter() - started)
+        return self.version
 
+    @timed
     @torch.no_grad()
-    def receive(self, version: int) -> Timed[str | None]:
+    def receive(self, version: int) -> str | None:
         """Take the weights of a version that is broadcast, bucket by bucket; what went wrong, if anything did."""
-        started = time.perf_counter()
         assert self._transport is not None, "the controller lets nobody receive who has not joined"
         self.version = -1  # until all of them are there
         missing = self._expected()
@@ -788,17 +802,17 @@ class RolloutWorker(Worker):
                 self._transport.broadcast(data)
             except RuntimeError as error:
                 self._transport = None
-                return Timed(_first_line(error), time.perf_counter() - started)
+                return _first_line(error)
             for name, tensor in tensors_in(entries, split(entries, data)):
                 missing.pop(name).copy_(tensor)
         assert not missing, f"nobody sent {list(missing)}"
         self.engine.refresh()
         self.version = version
-        return Timed(None, time.perf_counter() - started)
+        return None
 
-    def generate(self, request: PromptRequest) -> Timed[RolloutBatch]:
+    @timed
+    def generate(self, request: PromptRequest) -> RolloutBatch:
         """Answers to this worker's share of the prompts, those to a prompt adjacent, in the order of the request."""
-        started = time.perf_counter()
         if request.version != self.version:
             raise RuntimeError(f"answers of weights {request.version} are wanted, these are {self.version}")
         mine = request.share(self.rank, self.world_size)
@@ -834,7 +848,7 @@ class RolloutWorker(Worker):
             behaviour_log_probs=_flat((a.behaviour_log_probs for a in answers), np.float32),
             versions=np.full(sum(len(a.ids) for a in answers), self.version, dtype=np.int32),
         )
-        return Timed(batch, time.perf_counter() - started)
+        return batch
 
 
 def _first_line(error: Exception) -> str:

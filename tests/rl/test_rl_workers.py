@@ -39,8 +39,8 @@ from minigpt.rl.publish import (
     Entry,
     Published,
     bucket_plan,
+    copy_into,
     data_bytes,
-    lay,
     slices,
     split,
     unpack,
@@ -353,7 +353,7 @@ def test_what_is_published_are_the_bits_that_the_policy_computes_with(tmp_path, 
     buckets = []
     for bucket in weight_buckets(policy.network, policy.engine, bucket_bytes):  # each is good until the next one comes
         memory = torch.empty(data_bytes(bucket.entries), dtype=torch.uint8)
-        lay(bucket, memory)
+        copy_into(bucket, memory)
         buckets.append(Bucket(bucket.entries, split(bucket.entries, memory)))
     assert len(buckets) > 1 or bucket_bytes == 1 << 25
     published = policy.publish(0).value
