@@ -141,6 +141,7 @@ def quickstart(options: QuickstartOptions) -> None:
         "preset": name,
         "stages": _stage_rows(summaries, heldout),
         "heldout": heldout,
+        "stories_bits_per_byte": _read_stories(folder, data),
         "persona": persona,
         "samples": samples,
         "seconds": time.monotonic() - started,
@@ -342,6 +343,16 @@ def _ask_heldout(folder: Path, data: dict[str, Path]) -> tuple[dict[str, Any], R
     return results, replies
 
 
+def _read_stories(folder: Path, data: dict[str, Path]) -> float:
+    """Bits per byte of the pretrained model on stories of plots and heroes that it never met together."""
+    from minigpt.evaluation.bits_per_byte import RawText
+    from minigpt.evaluation.task import Settings
+    from minigpt.generation.load import load_for_inference
+
+    found = RawText(data["heldout_stories"]).run(*load_for_inference(folder / "pretrain"), Settings(context=512))
+    return found.metrics[0].value
+
+
 def _failures(data: dict[str, Path], replies: Replies) -> list[dict[str, str]]:
     """The first wrong replies of the last stage to each task."""
     from minigpt.evaluation.answers import is_correct, read_prompt_records
@@ -476,6 +487,10 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     console.print(stages)
     console.print(tasks)
     console.print(captain)
+    if (bits := summary.get("stories_bits_per_byte")) is not None:  # runs of before do not know
+        console.print(
+            f"\nStories of plots and heroes that never met in training: {bits:.3f} bits/byte after pretraining."
+        )
     console.print(_what_rewards_did(summary))
     for sample in summary["samples"]:
         speaker = "MiniGPT" if sample["model"] == "reason" else "adapter"
