@@ -53,11 +53,6 @@ class RolloutBatch:
         """Tokens of each sequence, int32 [S]."""
         return self.prompt_lens + self.answer_lens
 
-    def answer(self, index: int) -> np.ndarray:
-        """The answer's ids of one sequence."""
-        end = int(self.lengths[: index + 1].sum())
-        return self.tokens[end - int(self.answer_lens[index]) : end]
-
     def answers(self) -> list[np.ndarray]:
         """The answers' ids of all sequences."""
         ends = np.cumsum(self.lengths)
@@ -189,12 +184,6 @@ class MicroBatch:
     arrays: dict[str, np.ndarray]
     positions: np.ndarray
     answer_tokens: np.ndarray
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """(tokens, labels, pairs of a query and a key that attention computes)."""
-        real = self.arrays["document_ids"] >= 0
-        return int(real.sum()), len(self.positions), int((self.arrays["position_ids"][real] + 1).sum())
 
 
 def micro_batches(

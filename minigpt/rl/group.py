@@ -110,16 +110,12 @@ class WorkerGroup:
         """Call a method on all workers at the same time; returns references, one a worker."""
         return [getattr(worker, method).remote(*arguments) for worker in self.workers]
 
-    def each(self, method: str, arguments: Sequence[Any]) -> list[ray.ObjectRef]:
-        """Call a method on each worker with an argument of its own."""
-        return [getattr(w, method).remote(a) for w, a in zip(self.workers, arguments, strict=True)]
-
     def one(self, rank: int, method: str, *arguments: Any) -> ray.ObjectRef:
         """Call a method on one worker."""
         return getattr(self.workers[rank], method).remote(*arguments)
 
     def wait(self, references: Sequence[ray.ObjectRef], what: str) -> list[Any]:
-        """The results of `all` or `each`, in order.
+        """The results of `all`, in order.
 
         Errors: WorkerDied; UserError when the time is up or a worker raised one; WorkerFailed when it raised another.
         """

@@ -83,7 +83,6 @@ def test_answers_are_those_of_the_sequences():
     batch = make_batch(7)
     expected = [one["answer"] for one in sequences(batch)]
     assert [ids.tolist() for ids in batch.answers()] == expected
-    assert [batch.answer(i).tolist() for i in range(7)] == expected
 
 
 def test_a_padded_column_holds_each_answer_in_its_row():
@@ -192,7 +191,6 @@ def test_each_answer_token_is_the_label_of_the_place_that_predicts_it(rows, fixe
         assert sorted(one.positions.tolist()) == sorted(labelled)
         labels = arrays["labels"].reshape(-1)[one.positions]
         assert np.array_equal(labels, np.concatenate(batch.answers())[one.answer_tokens])
-        assert one.counts[:2] == ((arrays["document_ids"] >= 0).sum(), len(labelled))
     expected = sequences(batch)
     assert seen == {i: [s["prompt"], s["answer"], s["columns"]["advantages"]] for i, s in enumerate(expected)}
     assert_unchanged(batch, before)
@@ -211,10 +209,12 @@ def test_passes_without_sequences_fill_up_the_number_that_all_ranks_make():
     passes = micro_batches(batch, ROW, 100, batch.columns, at_least=3)
     assert len(passes) == 3
     for empty in passes[1:]:
-        assert empty.counts == (0, 0, 0)
+        assert not len(empty.positions)
+        assert (empty.arrays["document_ids"] < 0).all()
         assert empty.arrays["input_ids"].shape == (1, ROW), "a row all the same: the model runs it"
         assert (empty.arrays["labels"] == NO_LABEL).all()
     nothing = batch.take(np.zeros(0, dtype=np.int64))
     (only,) = micro_batches(nothing, ROW, 2, nothing.columns, at_least=1)
-    assert only.counts == (0, 0, 0)
+    assert not len(only.positions)
+    assert (only.arrays["document_ids"] < 0).all()
     assert only.arrays["advantages"].shape == (1, ROW)
