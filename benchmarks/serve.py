@@ -55,7 +55,7 @@ def request_of(number: int, new_tokens: int) -> dict[str, Any]:
         "top_k": 50,
         "seed": number,
         "stream": True,
-        "logit_bias": {"0": -100, "2": -100},
+        "ignore_eos": True,
     }
 
 
@@ -80,7 +80,6 @@ def bare_engine(run: Path) -> None:
                 params = SamplingParams(
                     max_new_tokens=new_tokens,
                     seed=asked,
-                    logit_bias={0: -100.0, 2: -100.0},
                     **{name: body[name] for name in ("temperature", "top_p", "top_k")},
                 )
                 engine.submit(encoder.encode_text(body["prompt"]), params)

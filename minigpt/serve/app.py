@@ -119,7 +119,7 @@ class Served:
         chosen["top_k"] = max(chosen["top_k"], 0)  # -1 is "all" elsewhere
         return SamplingParams(
             max_new_tokens=limit or min(self.options.max_new_tokens, self.context),
-            stop_token_ids=self.stop_ids,
+            stop_token_ids=() if request.ignore_eos else self.stop_ids,
             stop=request.stop_strings(),
             logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
             seed=secrets.randbits(63) if request.seed is None else request.seed % 2**64,

@@ -24,8 +24,8 @@ DRAIN_SECONDS = 10
 MEMORY_SHARE = 0.5  # of what is free: while the cache grows, the old one is there as well
 LEAST_LENGTH = 16
 PREFILL_SECONDS = 0.25  # a step may take so long for prompts; meanwhile nothing flows and nobody is seen to leave
-# What a thread computes at least while prompts are read. Measured on a Xeon for 93 M parameters, attention included:
-# 64e9 to 129e9 in float32, 76e9 to 196e9 in bfloat16.
+# What a thread computes at least in a second while prompts are read. Measured on an EPYC for 93 M parameters, attention
+# included: 64e9 to 129e9 in float32, 76e9 to 196e9 in bfloat16.
 FLOPS_A_THREAD = 5e10
 LEAST_PREFILL = 64  # fewer tokens use a processor badly
 # The engine's thread gets Python back so soon from the event loop. A prompt is some 150 operators, after each of which

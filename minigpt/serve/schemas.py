@@ -1,8 +1,8 @@
 """What a request may hold. Whatever does not fit is answered with status 400 and a sentence, before the model sees it.
 
-Field names and meanings are OpenAI's; `top_k`, `min_p`, `repetition_penalty` and `chat_template_kwargs` are those of
-vLLM. Fields that nobody here knows are passed over, as clients send many. Fields that are known but would change the
-answer in a way that this server cannot are refused: an answer that silently differs is worse than none.
+Field names and meanings are OpenAI's; `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and `chat_template_kwargs`
+are those of vLLM. Fields that nobody here knows are passed over, as clients send many. Fields that are known but would
+change the answer in a way that this server cannot are refused: an answer that silently differs is worse than none.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ class SamplingRequest(Lenient):
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASED)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    ignore_eos: bool | None = None
 
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings as a tuple."""

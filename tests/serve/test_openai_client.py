@@ -175,6 +175,21 @@ def test_equal_prompts_of_one_request_get_texts_of_their_own(client, server, scr
     assert [choice.text for choice in among.choices[:2]] == [choice.text for choice in alone.choices]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_goes_on_behind_its_end_where_that_is_asked_for(stream, client, server, script):
+    asked = {"model": server.name, "messages": QUESTION, "logit_bias": script.to_the_end, "max_tokens": 25}
+    events = client.chat.completions.create(**asked, extra_body={"ignore_eos": True}, stream=stream)
+    events = list(events) if stream else [events]
+    choices = [event.choices[0] for event in events]
+    assert choices[-1].finish_reason == "length"
+    text = "".join((c.delta if stream else c.message).content or "" for c in choices)
+    assert text == " one two", "end tokens are not shown"
+    if not stream:
+        assert events[0].usage.completion_tokens == 25
+    usual = client.chat.completions.create(**asked, extra_body={"ignore_eos": False})
+    assert usual.choices[0].finish_reason == "stop"
+
+
 def test_a_temperature_too_small_to_divide_by_is_greedy(client, server, script):
     asked = {"model": server.name, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 9}
     answer = client.chat.completions.create(**asked, temperature=1e-38, top_p=0.9, logprobs=True).choices[0]

@@ -48,6 +48,7 @@ def malformed() -> list[tuple[str, bytes]]:
         "stop": [["a"] * 9, "", [""], ["x" * 300], 5, [1], {"a": 1}],
         "seed": ["1", 2**70, 1.5],
         "stream": ["yes", 1],
+        "ignore_eos": ["yes", 1],
         "stream_options": ["x", {"include_usage": "yes"}],
         "logprobs": [3, "true"],
         "top_logprobs": [-1, 21, 2],
