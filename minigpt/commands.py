@@ -302,9 +302,11 @@ class DoctorOptions:
 
 def doctor(options: DoctorOptions) -> None:
     """Check Python, packages, compiler, CPU, GPU, memory and disk, each with a remedy."""
+    from minigpt.model import native
     from minigpt.observe.doctor import print_doctor
 
-    if print_doctor(options.folder):
+    sources = Path(native.__file__).parents[1].rglob("*.cpp")
+    if print_doctor(options.folder, next((why for _, why in map(native.build, sources) if why), "")):
         raise SystemExit(1)
 
 

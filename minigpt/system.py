@@ -1,6 +1,10 @@
 """What several areas ask of the operating system. It imports nothing of ours, so everybody may import it."""
 
 import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")  # of the container that this process is in
@@ -13,6 +17,23 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folders() -> Iterator[Path]:
+    """Folders for what can be made again, the user's cache first; then one among the temporary files, the user's alone.
+
+    Code is loaded from there, so a folder that somebody else could write to is none. Nor is one that cannot be made.
+    """
+    with suppress(OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in the passwd file
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    with suppress(OSError):
+        folder = Path(tempfile.gettempdir()) / f"minigpt-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+            yield folder
 
 
 def usable_cores() -> int:

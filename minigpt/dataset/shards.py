@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from minigpt.errors import UserError
-from minigpt.system import sync
+from minigpt.system import cache_folders, sync
 
 FORMAT = "minigpt-arrow"
 VERSION = 1
@@ -284,11 +284,13 @@ class _VerifiedFiles:
     SETTLED_NS = 2_000_000_000  # a file changed within the clock's granularity after hashing would keep its mtime
 
     def __init__(self) -> None:
-        cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.path = Path(cache_home) / "minigpt" / "verified_shards.json"
+        folder = next(cache_folders(), None)
+        self.path = None if folder is None else folder / "verified_shards.json"
         self.entries = self._load()
 
     def _load(self) -> dict[str, str]:
+        if self.path is None:
+            return {}
         try:
             entries = json.loads(self.path.read_text())
         except (OSError, ValueError):
@@ -303,12 +305,11 @@ class _VerifiedFiles:
         return self.entries.get(self._key(stat))
 
     def remember(self, stat: os.stat_result, sha256: str) -> None:
-        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < self.SETTLED_NS:
+        if self.path is None or time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < self.SETTLED_NS:
             return
         merged = {**self._load(), **self.entries, self._key(stat): sha256}
         self.entries = dict(list(merged.items())[-self.LIMIT :])
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(self.entries).encode())
         except (OSError, NoSpaceError):
             return  # a cache that cannot be written only costs time

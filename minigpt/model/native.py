@@ -1,7 +1,7 @@
 """Compiled code for CPUs: a C++ file becomes a library that Python calls with addresses of tensors.
 
-It is compiled once on a machine, into the user's cache folder, and loaded without any binding library. Where there is
-no compiler callers compute the same with torch. MINIGPT_NATIVE=0 switches it off.
+It is compiled once on a machine, into the user's cache folder or else one among the temporary files, and loaded without
+any binding library. Where that is not possible callers compute the same with torch. MINIGPT_NATIVE=0 switches it off.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from minigpt.system import cache_folders, sync
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 COMPILE_SECONDS = 120
@@ -25,28 +28,56 @@ HEADER = Path(__file__).with_name("vectors.h")  # what every source includes
 @functools.cache
 def load_native(source: Path) -> ctypes.CDLL | None:
     """The compiled file, compiled now if this machine has not done it yet; None where that is not possible."""
+    library, problem = build(source)
+    if problem:
+        _say(problem)
+    return library
+
+
+@functools.cache  # once, not for every file
+def _say(problem: str) -> None:
+    print(
+        f"note: code for this CPU could not be compiled ({problem}), so torch computes the same, slower; "
+        "`minigpt doctor` says what to do",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def build(source: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The compiled file, or None and why not; without a reason where there is no compiler or it is switched off."""
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None or os.environ.get("MINIGPT_NATIVE") == "0":
-        return None
+        return None, ""
     code = (path.read_text(encoding="utf-8") for path in (source, HEADER))
     key = "\0".join((*code, *FLAGS, compiler, _processor()))
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(cache_home) / "minigpt" / f"{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    try:
-        if target.exists():
-            with suppress(OSError):  # empty or no library: built once more
-                return ctypes.CDLL(str(target))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # other processes see a whole file or none
-            built = Path(folder) / "native.so"
-            command = [compiler, *FLAGS, str(source), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
-            with open(built, "rb") as file:
-                os.fsync(file.fileno())  # the loader crashes on half a library
-            built.replace(target)
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    name = f"{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    problem = "there is no folder to keep it in"
+    for folder in cache_folders():
+        try:
+            return _load(folder / name, [compiler, *FLAGS, str(source)]), ""
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.decode(errors="replace").splitlines() or [f"status {error.returncode}"]
+            return None, f"{compiler}: {next((line for line in lines if 'error' in line), lines[-1])}"
+        except subprocess.TimeoutExpired:
+            return None, f"{compiler} took more than {COMPILE_SECONDS} seconds"
+        except OSError as error:  # nothing can be written there, or nothing that is to be run
+            problem = f"{folder}: {error.strerror or error}"
+    return None, problem
+
+
+def _load(target: Path, command: list[str]) -> ctypes.CDLL:
+    """The library at `target`, made by the command if it is not there or damaged."""
+    if target.exists():
+        with suppress(OSError):  # empty or no library: built once more
+            return ctypes.CDLL(str(target))
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # other processes see a whole file or none
+        built = Path(folder) / "native.so"
+        command = [*command, "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
+        sync(built)  # the loader crashes on half a library
+        built.replace(target)
+    return ctypes.CDLL(str(target))
 
 
 def _processor() -> str:

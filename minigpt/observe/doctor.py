@@ -50,14 +50,20 @@ class Check:
     remedy: str = ""
 
 
-def doctor(folder: Path = Path(".")) -> list[Check]:
-    """Look the machine over; `folder` is where runs would be written. Takes a few seconds."""
+def doctor(folder: Path = Path("."), not_compiled: str = "") -> list[Check]:
+    """Look the machine over; takes a few seconds.
+
+    Args:
+        folder: Where runs would be written.
+        not_compiled: Why our own code for CPUs could not be compiled, if it was tried.
+    """
     return [
         check_python(),
         check_torch(),
         check_package("deepspeed", MINIMUM_DEEPSPEED),
         *(check_package(name) for name in ("transformers", "tokenizers", "pyarrow", "safetensors", "ray")),
         check_compiler(),
+        check_kernels(not_compiled),
         check_ninja(),
         check_cpu(),
         check_gpu(),
@@ -68,13 +74,13 @@ def doctor(folder: Path = Path(".")) -> list[Check]:
     ]
 
 
-def print_doctor(folder: Path = Path(".")) -> int:
+def print_doctor(folder: Path = Path("."), not_compiled: str = "") -> int:
     """Print the findings as a table with the remedies under it; returns the exit status, 1 when there is an error."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console, checks = Console(), doctor(folder)
+    console, checks = Console(), doctor(folder, not_compiled)
     marks = {OK: Text("ok", "green"), WARNING: Text("warning", "yellow"), ERROR: Text("error", "bold red")}
     table = Table("", "check", "found", box=None, pad_edge=False)
     for check in checks:
@@ -155,6 +161,14 @@ def check_compiler() -> Check:
         problem = next((line for line in result.stderr.splitlines() if "error" in line), "unknown error")
         return Check("C++ compiler", WARNING, f"{found}: {problem}", f"{INSTALL_COMPILER} Or go on: {slower}")
     return Check("C++ compiler", OK, found)
+
+
+def check_kernels(not_compiled: str) -> Check:
+    """Our own code for CPUs: attention, the loss, decoding."""
+    if not not_compiled:
+        return Check("CPU code", OK, "nothing stands in its way")
+    remedy = "Set XDG_CACHE_HOME to a folder where you may write and run files, or CXX to a C++17 compiler with OpenMP."
+    return Check("CPU code", WARNING, f"could not be compiled: {not_compiled}", f"{remedy} Without it torch is slower.")
 
 
 def check_ninja() -> Check:

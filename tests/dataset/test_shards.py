@@ -226,7 +226,7 @@ def test_a_remembered_file_is_not_hashed_again_and_a_fresh_one_is_not_remembered
     stat = path.stat()
     key = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
     digest = read_manifest(tmp_path)[0]["splits"]["train"]["shards"][0]["sha256"]
-    cache.parent.mkdir(parents=True)
+    cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text(json.dumps({key: digest}))
     PackedDataset(tmp_path).row(0)  # believed, since the cache says that this very file was hashed
     os.utime(path)
