@@ -5,7 +5,8 @@
 Each preset is trained by the stage that users call (`minigpt.trainer.loop.train`), in a process of its own that first
 measures the rate of a bf16 matrix product. MFU is given twice: of 989 TFLOP/s (H100/H200 data sheet) and of the rate
 just measured. FLOPs are counted per document (`minigpt.trainer.flops`): padding and masked pairs earn nothing.
-The first steps, which compile, do not count.
+The first steps, which compile, do not count. What is known is published after every preset, and of one that takes
+longer than `--limit_seconds` the steps that it made until then count.
 """
 
 from __future__ import annotations
@@ -17,28 +18,33 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from common import PEAK_FLOPS_H100, output_arguments, packed, publish
 
+if TYPE_CHECKING:
+    from minigpt.dataset.shards import PackedDataset
+    from minigpt.model.model_minigpt import MiniGPTConfig
+
 DOCUMENT_CHARACTERS = 16_000  # stories are joined to documents of this length: a row is then mostly one document
 SMOKE_SHAPE = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 128}
+FACTS = "facts.json"  # in the run folder
 WARMUP_FRACTION = 0.3  # of the logged steps
 
 
 def main() -> None:
     arguments = _arguments()
     if arguments.task:
-        print(json.dumps(measure(arguments.task, arguments)))
+        train_preset(arguments.task, arguments)
         return
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or _long_documents(Path(scratch), arguments.seq_len, arguments.smoke)
         for preset in arguments.presets:
             results.append(_in_a_process(preset, data, Path(scratch) / preset, arguments))
-            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    publish("Presets on one device", {"presets": results}, table(results), arguments.json, arguments.markdown)
+            title, numbers = f"Preset {preset} on one device", {"presets": results}
+            publish(title, numbers, table(results[-1:]), arguments.json, arguments.markdown)
     if all("error" in result for result in results):
         raise SystemExit("no preset could be measured")
 
@@ -51,7 +57,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens_per_step", type=int, default=131_072)
     parser.add_argument("--micro_batch_size", type=int, help="rows; the trainer's own choice when not given")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--limit_seconds", type=int, default=150, help="a preset that takes longer is given up")
+    parser.add_argument("--limit_seconds", type=int, default=150, help="a preset that takes longer is stopped")
     output_arguments(parser)
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--save_dir", type=Path, help=argparse.SUPPRESS)
@@ -80,7 +86,7 @@ def _long_documents(folder: Path, seq_len: int, smoke: bool) -> Path:
 
 
 def _in_a_process(preset: str, data: Path, save_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a fresh process; {"preset", "error"} when it fails (out of memory, too slow)."""
+    """`train_preset` in a fresh process, and what came of it."""
     command = [
         *(sys.executable, str(Path(__file__).resolve()), "--task", preset, "--data", str(data)),
         *("--save_dir", str(save_dir), "--seq_len", str(arguments.seq_len), "--steps", str(arguments.steps)),
@@ -88,27 +94,28 @@ def _in_a_process(preset: str, data: Path, save_dir: Path, arguments: argparse.N
         *(["--micro_batch_size", str(arguments.micro_batch_size)] if arguments.micro_batch_size else []),
         *(["--smoke"] if arguments.smoke else []),
     ]
+    error = None
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_seconds)
+        if ended.returncode:
+            lines = [line for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
+            error = lines[-1] if lines else f"status {ended.returncode}"
     except subprocess.TimeoutExpired:
-        return {"preset": preset, "error": f"took more than {arguments.limit_seconds} s"}
-    if ended.returncode:
-        lines = [line for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
-        return {"preset": preset, "error": lines[-1] if lines else f"status {ended.returncode}"}
-    return json.loads(ended.stdout.splitlines()[-1])
+        error = f"took more than {arguments.limit_seconds} s"
+    return measured(preset, save_dir, error)
 
 
-def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train one preset for some steps; tokens/s, MFU and memory, medians over the steps after the warm-up."""
+def train_preset(preset: str, arguments: argparse.Namespace) -> None:
+    """Train one preset for some steps, after saying in `facts.json` what its steps are to be compared with."""
     import torch
 
+    from minigpt.dataset.shards import PackedDataset
+    from minigpt.model.model_minigpt import MiniGPT
     from minigpt.observe.hardware import measure_matmul_rate
-    from minigpt.observe.metrics import read_metrics
     from minigpt.trainer.loop import train
+    from minigpt.trainer.setup import new_model_config
     from minigpt.trainer.train_pretrain import PRETRAIN, PretrainOptions
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rate = measure_matmul_rate(torch.bfloat16, device, seconds=1.0)
     options = PretrainOptions(
         data=[arguments.data],
         save_dir=arguments.save_dir,
@@ -123,36 +130,57 @@ def measure(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         eval_rows=1,
         **(SMOKE_SHAPE if arguments.smoke else {}),  # type: ignore[arg-type]
     )
-    summary = train(PRETRAIN, options)
-    steps = [record for record in read_metrics(arguments.save_dir) if record.get("kind") == "train"]
-    measured = steps[int(len(steps) * WARMUP_FRACTION) :]
-    tokens_per_second = statistics.median(step["tokens_per_second"] for step in measured)
-    flops_per_second = tokens_per_second * flops_per_token(arguments.data, arguments.save_dir / "hf")
-    return {
-        "preset": preset,
-        "parameters": summary["parameters"],
-        "tokens_per_second": tokens_per_second,
-        "flops_per_second": flops_per_second,
-        "matmul_flops_per_second": rate,
-        "mfu_of_989": flops_per_second / PEAK_FLOPS_H100,
-        "mfu_of_measured_matmul": flops_per_second / rate,
-        "memory_gb": max(step["memory_gb"] for step in measured),
-        "first_loss": steps[0]["loss"],
-        "last_loss": steps[-1]["loss"],
+    rows = PackedDataset(arguments.data, "train")
+    config = new_model_config(options, rows)
+    with torch.device("meta"):
+        parameters = MiniGPT(config).num_parameters()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = {
+        "parameters": parameters,
+        "flops_per_token": flops_per_token(rows, config),
+        "matmul_flops_per_second": measure_matmul_rate(torch.bfloat16, device, seconds=1.0),
     }
+    arguments.save_dir.mkdir(parents=True)
+    (arguments.save_dir / FACTS).write_text(json.dumps(facts))
+    train(PRETRAIN, options)
 
 
-def flops_per_token(data: Path, model: Path) -> float:
+def flops_per_token(rows: PackedDataset, config: MiniGPTConfig) -> float:
     """What training on one token of these rows costs on average, forward and backward."""
-    from minigpt.dataset.shards import PackedDataset
-    from minigpt.model.hf import load_hf_folder
     from minigpt.trainer.flops import training_flops
 
-    rows = PackedDataset(data, "train")
     lengths = np.concatenate([rows.row(i).seq_lens for i in range(len(rows))]).astype(np.float64)
-    config, _ = load_hf_folder(model)
     tokens, labels, pairs = lengths.sum(), (lengths - 1).sum(), (lengths * (lengths + 1) / 2).sum()
     return training_flops(config, tokens=tokens, labels=labels, attention_pairs=pairs) / tokens
+
+
+def measured(preset: str, save_dir: Path, error: str | None) -> dict[str, Any]:
+    """Tokens/s, MFU and memory of a run that ended, well or by an error: medians over the steps after the warm-up.
+
+    {"preset", "error"} when it did not get that far.
+    """
+    from minigpt.observe.metrics import read_metrics
+
+    records = read_metrics(save_dir) if save_dir.exists() else []
+    steps = [record for record in records if record.get("kind") == "train"]
+    after_warmup = steps[max(1, int(len(steps) * WARMUP_FRACTION)) :]
+    if not after_warmup:
+        return {"preset": preset, "error": error or "no step was logged"}
+    facts = json.loads((save_dir / FACTS).read_text())
+    tokens_per_second = statistics.median(step["tokens_per_second"] for step in after_warmup)
+    flops_per_second = tokens_per_second * facts["flops_per_token"]
+    return {
+        "preset": preset,
+        **facts,
+        "tokens_per_second": tokens_per_second,
+        "flops_per_second": flops_per_second,
+        "mfu_of_989": flops_per_second / PEAK_FLOPS_H100,
+        "mfu_of_measured_matmul": flops_per_second / facts["matmul_flops_per_second"],
+        "memory_gb": max(step["memory_gb"] for step in after_warmup),
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        **({} if error is None else {"stopped": f"{error}, after {len(steps)} steps"}),
+    }
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -169,7 +197,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {r['preset']} | {r['parameters'] / 1e6:,.1f}M | {r['tokens_per_second']:,.0f} "
             f"| {r['flops_per_second'] / 1e12:,.2f} | {r['mfu_of_989']:.1%} | {product} | {r['memory_gb']:.1f} "
-            f"| {r['first_loss']:.2f} → {r['last_loss']:.2f} |"
+            f"| {r['first_loss']:.2f} → {r['last_loss']:.2f}{' (' + r['stopped'] + ')' if 'stopped' in r else ''} |"
         )
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -120,19 +121,62 @@ def test_bucketing_deals_out_every_conversation_of_its_pool_once(sft_rows):
     assert sum(widths) < len(widths) * longest  # some micro-batches are narrower than the longest conversation
 
 
-def test_flops_per_token_are_those_of_the_batches(pretrain_rows, tmp_path):
+def test_flops_per_token_are_those_of_the_batches(pretrain_rows):
     model = MiniGPT(MiniGPTConfig(**SHAPE))
-    model.save_pretrained(tmp_path)
     counts = token_statistics(collate([pretrain_rows.row(i) for i in range(len(pretrain_rows))]))
     by_batch = training_flops(
         model.config, tokens=counts.tokens, labels=counts.labels, attention_pairs=counts.attention_pairs
     )
-    found = presets.flops_per_token(pretrain_rows.folder, tmp_path)
+    found = presets.flops_per_token(pretrain_rows, model.config)
     assert found == pytest.approx(by_batch / counts.tokens, rel=1e-9)
 
 
 def test_the_table_of_presets_names_what_could_not_be_measured():
     assert "not measured: out of memory" in presets.table([{"preset": "1b", "error": "out of memory"}])
+
+
+def test_a_preset_that_was_stopped_is_measured_by_the_steps_that_it_made(tmp_path):
+    assert presets.measured("1b", tmp_path / "none", "took more than 45 s") == {
+        "preset": "1b",
+        "error": "took more than 45 s",
+    }
+    facts = {"parameters": 1e9, "flops_per_token": 6e9, "matmul_flops_per_second": 5e14}
+    (tmp_path / presets.FACTS).write_text(json.dumps(facts))
+    record = {"kind": "train", "memory_gb": 30.0, "loss": 8.0}
+    steps = [{**record, "step": i, "tokens_per_second": rate} for i, rate in enumerate((10.0, 3e4, 5e4, 4e4), 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    found = presets.measured("1b", tmp_path, "took more than 45 s")
+    assert found["tokens_per_second"] == 4e4, "the first step compiles"
+    assert found["mfu_of_measured_matmul"] == pytest.approx(4e4 * 6e9 / 5e14)
+    assert "(took more than 45 s, after 4 steps) |" in presets.table([found])
+
+
+def test_presets_are_published_one_by_one(tmp_path, monkeypatch):
+    """Whoever is stopped during the second has the first."""
+
+    def one(preset, *_):
+        if preset == "300m":
+            raise KeyboardInterrupt
+        return {"preset": preset, "error": "too slow"}
+
+    monkeypatch.setattr(presets, "_in_a_process", one)
+    outputs = ["--json", str(tmp_path / "p.json"), "--markdown", str(tmp_path / "p.md"), "--data", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["presets.py", *outputs])
+    with pytest.raises(KeyboardInterrupt):
+        presets.main()
+    assert json.loads((tmp_path / "p.json").read_text())["presets"] == [{"preset": "100m", "error": "too slow"}]
+    assert "## Preset 100m on one device" in (tmp_path / "p.md").read_text()
+
+
+def test_the_limits_of_the_gpu_script_add_up_to_its_eight_minutes():
+    script = (REPOSITORY / "benchmarks" / "gpu.sh").read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r"^(?:run|bench) (\w+) (\d+)", script, re.MULTILINE)}
+    assert sum(limits.values()) <= 480
+    assert list(limits)[:3] == ["gpu_tests", "presets", "generate_gpu"], "the most important first"
+    (a_preset,) = re.findall(r"^bench presets .*--limit_seconds (\d+)", script, re.MULTILINE)
+    assert 3 * int(a_preset) < limits["presets"]
+    benchmarks = {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")} - {"common", "peer_hf"}
+    assert {name for name in benchmarks if f"{name}.py" not in script and name not in limits} == set()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +224,7 @@ def test_one_command_runs_every_benchmark(tmp_path):
     ended = subprocess.run([script, "--smoke", str(tmp_path)], capture_output=True, text=True, env=os.environ)
     report = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert ended.returncode == 0, ended.stdout + report
-    for title in ("Tests marked gpu", "Presets on one device", "Start-up", "Training", "Fine-tuning"):
+    for title in ("Tests marked gpu", "Preset 1b on one device", "Generation on one device", "Training", "Fine-tuning"):
         assert f"## {title}" in report
-    for name in ("presets", "startup", "train", "sft", "packing", "generate_gpu"):
+    for name in ("presets", "train", "sft", "generate_gpu"):
         assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
