@@ -171,10 +171,37 @@ def _choose(options: QuickstartOptions) -> tuple[Probe, str, Recipe]:
     from minigpt.observe.hardware import probe_machine
 
     probe = probe_machine(1.0)
-    name = probe.kind if options.preset == "auto" else options.preset
+    name = _preset(options, probe.kind)
     if name == "gpu" and probe.device != "cuda":
-        raise UserError("--preset gpu needs a GPU and torch sees none; leave --preset out")
+        raise UserError("the preset gpu needs a GPU and torch sees none; choose another --preset, in another --output")
     return probe, name, RECIPES[name]
+
+
+def _preset(options: QuickstartOptions, kind: str) -> str:
+    """The preset asked for, else the one that was begun with, else that of this kind of machine.
+
+    Errors: UserError when the folder holds stages of another one.
+    """
+    begun = _begun_with(options.output)
+    if options.preset == "auto":
+        return begun or kind
+    if begun not in (None, options.preset):
+        raise UserError(
+            f"the quickstart in {options.output} was begun with --preset {begun}, and its stages belong together: "
+            "leave --preset out to go on with it, or start anew with --overwrite"
+        )
+    return options.preset
+
+
+def _begun_with(folder: Path) -> str | None:
+    """The preset of an earlier start in this folder; None when it did not get to the first stage."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load((folder / "pretrain" / "config.yaml").read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return next((name for name in RECIPES if recipe == f"quickstart-{name}-pretrain"), None)
 
 
 def _announce(probe: Probe, name: str, recipe: Recipe) -> None:
@@ -486,6 +513,8 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     console.print()
     console.print(stages)
     console.print(tasks)
+    for remark in _remarks(summary["heldout"]):
+        console.print(remark, highlight=False, markup=False)
     console.print(captain)
     if (bits := summary.get("stories_bits_per_byte")) is not None:  # runs of before do not know
         console.print(
@@ -510,6 +539,28 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
         "  minigpt train pretrain --help           train on it\n"
         "  minigpt verify 1                        the ten milestones, one check each"
     )
+
+
+GOAL, LOOK_UP_LIMIT = 0.85, 0.20
+
+
+def _remarks(heldout: dict[str, Any]) -> list[str]:
+    """A sentence for each result that is not as it should be; but sums at once are meant to fail without thinking."""
+    remarks = []
+    for name in ("questions", "sums with thinking"):
+        right, look_up = heldout[name]["after_reason"], heldout[name]["nearest_neighbour"]
+        if right < GOAL:
+            remarks.append(
+                f"{name}: {right:.1%} right, and {GOAL:.0%} is what a quickstart should reach: the model learnt too "
+                "little, or lost it in a later stage (see the first table); try another --seed, or more steps with "
+                "minigpt train"
+            )
+        if look_up > LOOK_UP_LIMIT:
+            remarks.append(
+                f"{name}: a look-up alone answers {look_up:.1%}, and it should not exceed {LOOK_UP_LIMIT:.0%}: these "
+                "questions are too close to what was trained on to show that the model understands; try another --seed"
+            )
+    return remarks
 
 
 def _what_rewards_did(summary: dict[str, Any]) -> str:

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from minigpt import quickstart
 from minigpt.cli import main
+from minigpt.errors import UserError
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.setup import compute_dtype
 from minigpt.trainer.train_pretrain import PretrainOptions
@@ -53,6 +55,48 @@ def test_a_gpu_without_bf16_units_trains_in_fp32(capability, dtype, tmp_path, mo
     assert [compute_dtype(options, torch.device("cuda")) for options in chosen] == [dtype] * 3
 
 
+def test_an_interrupted_quickstart_goes_on_with_its_preset_and_no_other(tmp_path, monkeypatch):
+    """Its stages would be of two recipes, with nobody to tell."""
+    (tmp_path / "pretrain").mkdir()
+    began = {"stage": "pretrain", "recipe": "quickstart-fp32-pretrain"}
+    (tmp_path / "pretrain" / "config.yaml").write_text(yaml.safe_dump(began))
+    with pytest.raises(UserError, match=r"begun with --preset fp32, .* --overwrite") as refused:
+        quickstart._preset(quickstart.QuickstartOptions(tmp_path, preset="cpu-bf16"), "cpu-bf16")
+    assert "\n" not in str(refused.value)
+    for preset in ("auto", "fp32"):
+        assert quickstart._preset(quickstart.QuickstartOptions(tmp_path, preset=preset), "cpu-bf16") == "fp32"
+    for preset, chosen in (("auto", "cpu-bf16"), ("fp32", "fp32")):
+        assert quickstart._preset(quickstart.QuickstartOptions(tmp_path / "new", preset=preset), "cpu-bf16") == chosen
+    (tmp_path / "microworld").mkdir()
+    with pytest.raises(SystemExit):
+        main(["quickstart", "--output", str(tmp_path), "--preset", "cpu-bf16"])
+    assert not list((tmp_path / "microworld").iterdir()), "refused before anything is made"
+
+
+def heldout(questions: float, look_up: float = 0.065, thinking: float = 0.99) -> dict:
+    task = {"n": 200, "nearest_neighbour": look_up, "after_reason": questions, "interval": [0.0, 1.0]}
+    sums = {**task, "nearest_neighbour": 0.005}
+    return {
+        "questions": task,
+        "sums at once": {**sums, "after_reason": 0.03},
+        "sums with thinking": {**sums, "after_reason": thinking},
+    }
+
+
+def test_results_that_are_not_as_they_should_be_are_said():
+    assert quickstart._remarks(heldout(0.85, 0.20)) == [], "sums at once are meant to fail: thinking is what helps"
+    (low,) = quickstart._remarks(heldout(0.845))
+    assert low.startswith("questions: 84.5% right, and 85% is what a quickstart should reach")
+    assert "--seed" in low
+    (close,) = quickstart._remarks(heldout(0.9, 0.205))
+    assert close.startswith("questions: a look-up alone answers 20.5%, and it should not exceed 20%")
+    assert [line.partition(":")[0] for line in quickstart._remarks(heldout(0.1, 0.5, 0.2))] == [
+        "questions",
+        "questions",
+        "sums with thinking",
+    ]
+
+
 def test_it_goes_the_whole_road_once_and_shows_it_again(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "out"
     steps = {name: (2, 1e-3) for name in quickstart.ROAD}
@@ -78,6 +122,7 @@ def test_it_goes_the_whole_road_once_and_shows_it_again(tmp_path, monkeypatch, c
     assert (folder / "lora" / "adapter" / "adapter_config.json").is_file()
     assert {sample["model"] for sample in summary["samples"]} == {"reason", "lora"}
     assert "Captain Mini" in told
+    assert "questions: 0.0% right, and 85% is what a quickstart should reach" in " ".join(told.split())
     assert "Rewards alone" in told
     assert summary["grpo"]["before"]["prompts"] == summary["grpo"]["after"]["prompts"] > 0
     report = (folder / "report.md").read_text(encoding="utf-8")
