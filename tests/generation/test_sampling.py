@@ -1,12 +1,15 @@
 """Sampled frequencies against the exact distribution of each filter, computed the plain way, and the random streams."""
 
+import ast
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import minigpt
 from minigpt.generation.sampling import SamplingParams, SamplingTensors, draw, filter_logits, sample, uniforms
 
 DRAWS = 20_000
@@ -307,3 +310,21 @@ def test_equals_are_drawn_in_the_same_order_however_many_candidates_the_batch_ma
     alone = sample(logits, SamplingTensors.of([mine] * 8, 3200, "cpu"), numbers)
     mixed = sample(logits, SamplingTensors.of([mine] * 7 + [mate], 3200, "cpu"), numbers)
     assert alone.ids[:7].tolist() == mixed.ids[:7].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------- the only place
+
+SAMPLERS = {"multinomial", "Categorical", "gumbel_softmax"}  # of torch
+DECODERS = {"Decoder", "NativeDecoder", "StaticDecoder"}  # of ours
+
+
+def test_all_sampling_goes_through_the_engine():
+    """Nobody but minigpt/generation draws tokens or drives a decoder."""
+    package = Path(minigpt.__file__).parent
+    outside = [f for f in package.rglob("*.py") if f.relative_to(package).parts[0] not in ("generation", "model")]
+    assert len(outside) > 50
+    for file in [*outside, *(package.parent / "data_prep").glob("*.py"), *(package.parent / "examples").glob("*.py")]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        names |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        assert not names & (SAMPLERS | DECODERS), file

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,17 +106,20 @@ class Running:
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
 
 
-def start_server(folder: Path, run: Path, *options: str) -> Running:
-    """Starts `minigpt serve` on a free port and waits until it listens."""
+SERVE = ("-m", "minigpt.cli", "serve")
+
+
+def start_server(folder: Path, run: Path, *options: str, program: Sequence[str] = SERVE, **place: Any) -> Running:
+    """Starts `minigpt serve`, or another program of Python's, on a free port and waits until it listens."""
     log = folder / "server.log"
-    command = [sys.executable, "-m", "minigpt.cli", "serve", str(run), "--port", "0", *options]
     process = subprocess.Popen(
-        command,
+        [sys.executable, *program, str(run), "--port", "0", *options],
         stdout=subprocess.PIPE,
         stderr=log.open("w"),
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        **place,
     )
     line = process.stdout.readline()
     assert " is served at http://" in line, log.read_text()

@@ -1,21 +1,26 @@
 """`minigpt serve` before it serves, behind an API key, with an adapter, and when it is told to end."""
 
+import asyncio
 import json
 import signal
 import socket
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import openai
 import pytest
-from scripted_server import CONTEXT, scripted_model, start_server, stop_server
+from scripted_server import CONTEXT, SHIPPED, scripted_model, start_server, stop_server
 
+import minigpt
+from minigpt.dataset.chat import ChatEncoder
 from minigpt.errors import UserError
 from minigpt.generation.engine import cache_bytes, generate
 from minigpt.generation.load import load_for_inference
 from minigpt.generation.sampling import SamplingParams
+from minigpt.serve.app import Served, make_app
 from minigpt.serve.command import (
     ServeOptions,
     check,
@@ -26,6 +31,7 @@ from minigpt.serve.command import (
     prefill_tokens,
     serve,
 )
+from minigpt.serve.worker import EngineWorker
 
 QUESTION = [{"role": "user", "content": "Count."}]
 
@@ -157,4 +163,81 @@ def test_behind_a_key_with_an_adapter_and_a_graceful_end(scripted_run, adapter, 
         assert server.process.wait(timeout=60) == 0
     finally:
         server.process.kill()
+    assert server.log.read_text() == ""
+
+
+BREAKS = """
+import sys
+from minigpt.cli import main
+from minigpt.generation.engine import Engine
+
+whole_step = Engine.step
+
+def step(engine):
+    if engine.stats.steps >= 500:
+        raise RuntimeError("out of memory")
+    return whole_step(engine)
+
+Engine.step = step
+sys.exit(main())
+"""
+
+
+def test_a_server_whose_engine_breaks_tells_its_clients_and_ends_with_status_1(scripted_run, tmp_path):
+    """One client streams, one waits for the whole answer, one has not sent anything yet."""
+    server = start_server(tmp_path, scripted_run, "--temperature", "0", program=("-c", BREAKS, "serve"))
+    try:
+        asked = {"model": server.name, "messages": QUESTION, "max_tokens": 30000}
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+            events = client.chat.completions.create(**asked, stream=True)
+            first = next(events)
+            with ThreadPoolExecutor() as pool:
+                whole = pool.submit(client.chat.completions.create, **asked)
+                assert first.choices[0].finish_reason is None
+                with pytest.raises(openai.APIError, match="the engine has broken down; the server's log says why"):
+                    list(events)
+                with pytest.raises(openai.APIError) as error:
+                    whole.result()
+        # who was not yet taken, or came when the server had already closed its doors, is told so too
+        assert isinstance(error.value, (openai.InternalServerError, openai.APIConnectionError))
+        assert server.process.wait(timeout=60) == 1
+    finally:
+        server.process.kill()
+    assert "RuntimeError: out of memory" in server.log.read_text()
+
+
+def test_health_tells_that_the_engine_is_broken_and_nothing_is_taken_any_more(script):
+    encoder = ChatEncoder(SHIPPED)
+    worker = EngineWorker(make_engine(scripted_model(script), ServeOptions(Path("unused"))), max_waiting=1)
+    app = make_app(Served("m", encoder, CONTEXT, (encoder.im_end_id,), worker, ServeOptions(Path("unused"))))
+
+    def ask(method: str, path: str, body: bytes = b"") -> tuple[int, dict]:
+        headers = {b"host": b"localhost", b"content-type": b"application/json"}
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [*headers.items()]}
+        sent: list[dict] = []
+
+        async def receive() -> dict:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        asyncio.run(app(scope, receive, send))
+        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
+
+    assert ask("GET", "/health") == (200, {"status": "ok", "model": "m"})
+    worker.crashed = RuntimeError("out of memory")
+    assert ask("GET", "/health") == (503, {"status": "broken", "model": "m"})
+    assert ask("POST", "/v1/completions", b'{"prompt": "a"}')[0] == 503
+
+
+def test_the_guides_web_demo_serves_the_page(scripted_run, tmp_path):
+    program = ("scripts/web_demo.py",)
+    server = start_server(tmp_path, scripted_run, "--slots", "2", program=program, cwd=Path(minigpt.__file__).parent)
+    try:
+        assert json.loads(server.get("/health")) == {"status": "ok", "model": scripted_run.name}
+        assert "<!doctype html>" in server.get("/").lower()
+        assert server.metric("minigpt_slots") == 2
+    finally:
+        assert stop_server(server) == 0
     assert server.log.read_text() == ""

@@ -34,7 +34,7 @@ def post(connection, path: str, body, headers=JSON):
 
 
 def malformed() -> list[tuple[str, bytes]]:
-    """200 requests that nobody should answer with 200 or 500: by hand, and by breaking good ones at random."""
+    """Requests that nobody should answer with 200 or 500."""
     wrong_values = {
         "messages": [[], None, "hi", {}, [[]], [{}], [{"role": "user"} for _ in range(2000)], [{"role": "robot"}]],
         "temperature": [-1, 9, "0.5", True, [], {}],
@@ -93,25 +93,40 @@ def malformed() -> list[tuple[str, bytes]]:
     bodies += ['{"messages": [{"role": "user", "content": "\\ud800"}]}', '{"prompt": "\\udfff"}', "\ufeff{}"]
     cases += [(path, body.encode()) for body in bodies for path in (CHAT, TEXT)]
     cases += [(CHAT, b"\xff\xfe\x00"), (CHAT, b'{"messages": "\xff"}'), (CHAT, b"\x00" * 100)]
-    good = json.dumps({"model": "none", "messages": HELLO, "stop": ["a", "b"], "seed": 5}).encode()
-    rng = random.Random(0)
-    while len(cases) < 200:
+    return cases
+
+
+def broken_at_random(model: str) -> list[tuple[str, bytes]]:
+    """400 good requests of which one byte was changed or the end cut off, so that they are no JSON any longer."""
+    chat = {"model": model, "messages": HELLO, "stop": ["a", "b"], "seed": 5, "max_tokens": 1}
+    text = {"model": model, "prompt": [" one", "two"], "logprobs": 1, "logit_bias": {"5": -1.5}, "max_tokens": 1}
+    bodies = {CHAT: json.dumps(chat).encode(), TEXT: json.dumps(text).encode()}
+    rng, cases = random.Random(0), []
+    while len(cases) < 400:
+        path, good = rng.choice(list(bodies.items()))
         at = rng.randrange(len(good))
-        cases.append((CHAT, good[:at] + rng.choice([b"", b"}", b'"', b"\x00", b"[", bytes([rng.randrange(256)])])))
+        junk = rng.choice([b"", b"}", b'"', b"\x00", b"[", bytes([rng.randrange(256)])])
+        body = good[:at] + junk + rng.choice([b"", good[at:], good[at + 1 :]])
+        try:
+            json.loads(body)
+        except ValueError:
+            cases.append((path, body))
     return cases
 
 
 def test_malformed_requests_get_4xx_with_openais_error_object(server):
-    cases = malformed()
-    assert len(cases) >= 200
+    by_hand, at_random = malformed(), broken_at_random(server.name)
+    assert len(by_hand) >= 150
     with closing(connect(server)) as connection:
-        for path, body in cases:
+        for path, body in [*by_hand, *at_random]:
             status, _, answer = post(connection, path, body)
             assert 400 <= status < 500, (path, body[:300], answer)
             error = answer["error"]
             assert set(error) == {"message", "type", "param", "code"}, body[:300]
             assert error["message"]
             assert error["type"]
+        for path, body in at_random:
+            assert post(connection, path, body)[2]["error"]["code"] == "invalid_json", body
         assert post(connection, CHAT, {"messages": HELLO, "max_tokens": 1})[0] == 200
     assert server.metric("minigpt_sequences_in_flight") == 0
 
@@ -234,13 +249,30 @@ def test_overload_is_told_at_once_and_passes(server):
 
 
 def test_memory_stays_bounded_over_2000_requests(server):
+    """Whole answers, streams of several samples with log-probabilities and stop strings, and clients that leave."""
     memory = []
     with closing(connect(server)) as connection:
         for number in range(2000):
             if number % 500 == 0:
                 memory.append(server.memory())
-            body = {"messages": [{"role": "user", "content": f"{number} {'x' * (number % 50)}"}], "max_tokens": 1}
-            assert post(connection, CHAT, body)[0] == 200
+            messages = [{"role": "user", "content": f"{number} {'x' * (number % 50)}"}]
+            if number % 4 == 0:
+                assert post(connection, CHAT, {"messages": messages, "max_tokens": 1})[0] == 200
+            elif number % 4 == 1:
+                several = {"n": 2, "logprobs": True, "top_logprobs": 3, "stop": ["two"], "max_tokens": 12}
+                body = json.dumps({"messages": messages, "stream": True, **several}).encode()
+                connection.request("POST", CHAT, body, JSON)
+                events = connection.getresponse().read()
+                assert events.count(b'"finish_reason":"stop"') == 2
+                assert events.endswith(b"data: [DONE]\n\n")
+            elif number % 4 == 2:
+                left, begun = open_stream(server, {**ENDLESS, "messages": messages, "stream": True, "n": 2})
+                assert begun.startswith(b"HTTP/1.1 200 OK")
+                left.close()
+            else:
+                body = {"prompt": f"{number} one", "n": 2, "logprobs": 2, "stop": ["three"], "max_tokens": 5}
+                assert post(connection, TEXT, body)[0] == 200
         memory.append(server.memory())
+    assert wait_until(lambda: server.metric("minigpt_sequences_in_flight") == 0, tries=40)
     # the first five hundred fill caches that have a size; behind them 16 MiB are 11 kB a request
     assert memory[-1] - memory[1] < 16 << 20, [m >> 20 for m in memory]
