@@ -23,8 +23,9 @@ wanted_stamp() {
 }
 
 find_python() { # prints the first interpreter that is new enough and can make an environment
-    local candidate old="" bare=""
-    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13 python3.14}; do
+    local candidate old="" bare="" candidates=(python3 python3.12 python3.11 python3.13 python3.14)
+    if [[ -n "${PYTHON:-}" ]]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
         if ! "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             old+="$("$candidate" -c 'import sys; print(" Python " + sys.version.split()[0])' 2>/dev/null || true)"
         elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then

@@ -75,6 +75,15 @@ def test_without_python_a_sentence_says_which_is_needed(script, checkout, bare_m
     assert not (checkout / ".venv").exists()
 
 
+def test_an_interpreter_is_found_under_a_path_with_a_space(checkout, bare_machine, tmp_path):
+    python = tmp_path / "my python" / "python3"
+    python.parent.mkdir()
+    python.symlink_to(BASE_PYTHON)
+    found = in_setup(checkout, "find_python", bare_machine, PYTHON=str(python))
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == str(python)
+
+
 def test_without_a_compiler_a_sentence_says_how_to_get_one(checkout, bare_machine):
     (bare_machine / "python3").symlink_to(BASE_PYTHON)
     done = run([checkout / "launch" / "quickstart.sh"], bare_machine)
@@ -156,6 +165,39 @@ def test_train_sh_names_the_stages_there_are(arguments, words, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert all(word in done.stderr for word in words)
+
+
+MANY_MACHINES = ["--hostfile", "my hosts", "--include", "a@b:0,1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "stage_options"),
+    [
+        (["--config", "run.yaml"], ["--master_port", "FREE"], ["--config", "run.yaml"]),
+        ([*MANY_MACHINES, "--", "--config", "run.yaml"], MANY_MACHINES, ["--config", "run.yaml"]),
+        (
+            [*MANY_MACHINES, "--master_port", "29501", "--", "--save_dir", "my run", "--data", "a", "b"],
+            [*MANY_MACHINES, "--master_port", "29501"],
+            ["--save_dir", "my run", "--data", "a", "b"],
+        ),
+        (["--num_gpus", "2", "--"], ["--num_gpus", "2", "--master_port", "FREE"], []),
+    ],
+)
+def test_train_sh_gives_the_launcher_its_options_and_the_stage_its_own(given, launcher, stage_options, tmp_path):
+    """What reaches `deepspeed`: a program of that name that prints what it was given, one argument a line."""
+    (tmp_path / "bin").mkdir()
+    deepspeed = tmp_path / "bin" / "deepspeed"
+    deepspeed.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    deepspeed.chmod(0o755)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = run([REPOSITORY / "launch" / "train.sh", "sft", *given], path, VIRTUAL_ENV=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    reached = done.stdout.splitlines()
+    if "FREE" in launcher:  # a port that nobody has, so that several runs may share a machine
+        port = reached[launcher.index("FREE")]
+        assert 1024 < int(port) < 65536
+        launcher = [port if word == "FREE" else word for word in launcher]
+    assert reached == [*launcher, "--no_local_rank", "--module", "minigpt.trainer.train_full_sft", *stage_options]
 
 
 @pytest.mark.slow
