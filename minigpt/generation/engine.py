@@ -516,7 +516,10 @@ class Engine:
         unread = [(row, s) for row, s in enumerate(self._rows) if s is not None and not s.decoding]
         if not unread:
             return []
-        budget, whole, ends = self.prefill_chunk, [], {}
+        budget = self.prefill_chunk
+        ends: dict[int, torch.Tensor] = {}
+        whole: list[int] = []
+        pieces: dict[int, int] = {}  # of these rows so many tokens
         leads: dict[Request, int] = {}  # the sample that reads the prompt, for the others of its request
         # What is begun goes first: a sibling that came into a lower row must not begin anew
         for row, sequence in sorted(unread, key=lambda one: -one[1].in_cache):
@@ -530,19 +533,20 @@ class Engine:
             if sequence.in_cache == 0:
                 self._find_prefix(row, sequence)
             left = len(sequence.ids) - sequence.in_cache
-            if not self.batch_invariant and sequence.in_cache == 0 and left <= budget:
-                whole.append(row)
-                budget -= left
+            if self.batch_invariant:
+                while budget > 0 and left > 0:
+                    ends |= self._read_pieces({row: min(left, INVARIANT_CHUNK)})
+                    budget, left = budget - INVARIANT_CHUNK, left - INVARIANT_CHUNK
                 continue
-            while budget > 0 and sequence.in_cache < len(sequence.ids):
-                start = sequence.in_cache
-                size = INVARIANT_CHUNK if self.batch_invariant else budget
-                budget -= size
-                end = min(start + size, len(sequence.ids))
-                ends[row] = self._read_piece(row, sequence.ids[start:end], start)
-                sequence.in_cache = end
+            if sequence.in_cache == 0 and left <= budget:
+                whole.append(row)
+            else:
+                pieces[row] = min(left, budget)
+            budget -= left
         if whole:
             ends |= self._read_whole(whole)
+        if pieces:
+            ends |= self._read_pieces(pieces)
         return self._share(unread, {row: logits for row, logits in ends.items() if self._is_read(row)})
 
     def _is_read(self, row: int) -> bool:
@@ -621,19 +625,34 @@ class Engine:
             sequence.in_cache = len(sequence.ids)
         return dict(zip(rows, logits_SV, strict=True))
 
-    def _read_piece(self, row: int, ids: list[int], start: int) -> torch.Tensor:
-        """Reads tokens of one row from position `start` on; the logits [V] behind the last of them."""
-        end = start + len(ids)
-        positions_N = torch.arange(start, end, device=self.device)
-        pattern = cached_pattern(positions_N[None], end) if start else AttentionPattern("sdpa")
+    def _read_pieces(self, pieces: dict[int, int]) -> dict[int, torch.Tensor]:
+        """Reads so many more tokens of each of these rows, packed end to end, behind what the rows hold; the logits [V]
+        behind each, by row."""
+        ids: list[int] = []
+        spans: list[tuple[int, int, int, AttentionPattern]] = []  # row, start, end, what is seen
+        for row, count in pieces.items():
+            sequence = self._rows[row]
+            assert sequence is not None
+            start, end = sequence.in_cache, sequence.in_cache + count
+            positions_1N = torch.arange(start, end, device=self.device)[None]
+            spans.append((row, start, end, cached_pattern(positions_1N, end) if start else AttentionPattern("sdpa")))
+            ids += sequence.ids[start:end]
+            sequence.in_cache = end
+        lengths = list(pieces.values())
+        positions_N = torch.cat([torch.arange(start, end, device=self.device) for _, start, end, _ in spans])
 
         def attend(layer: int, q_NHD: torch.Tensor, kv_N2GD: torch.Tensor) -> torch.Tensor:
-            self._cache.kv[layer][:, row, :, start:end] = kv_N2GD.permute(1, 2, 0, 3)
-            k_1GLD, v_1GLD = self._cache.kv[layer][:, row : row + 1, :, :end].to(q_NHD.dtype)
-            return attention(q_NHD.transpose(0, 1)[None], k_1GLD, v_1GLD, pattern)[0].transpose(0, 1)
+            out = []
+            for span, q_nHD, kv_n2GD in zip(spans, q_NHD.split(lengths), kv_N2GD.split(lengths), strict=True):
+                row, start, end, pattern = span
+                self._cache.kv[layer][:, row, :, start:end] = kv_n2GD.permute(1, 2, 0, 3)
+                k_1GLD, v_1GLD = self._cache.kv[layer][:, row : row + 1, :, :end].to(q_nHD.dtype)
+                out.append(attention(q_nHD.transpose(0, 1)[None], k_1GLD, v_1GLD, pattern)[0].transpose(0, 1))
+            return torch.cat(out)
 
         hidden_NE = self.decoder.hidden(torch.tensor(ids, device=self.device), positions_N, attend)
-        return self.decoder.logits(hidden_NE[-1:])[0]
+        ends_S = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        return dict(zip(pieces, self.decoder.logits(hidden_NE[ends_S]), strict=True))
 
     # ------------------------------------------------------------------------------------------------ decode, sample
 

@@ -182,6 +182,23 @@ def test_the_next_turn_of_a_conversation_reads_only_what_is_new(model):
     assert second.completions[0].ids == greedy(model, turn, 40)
 
 
+def test_prompts_that_begin_with_what_is_known_are_read_in_one_pass(model):
+    """Beside them one that is new and one of which only a part fits into the step; all go on as without a cache."""
+    known, *tails = prompts_of([64, 5, 1, 30, 9])
+    new, long = prompts_of([7, 200], seed=3)
+    engine = Engine(model, slots=8, prefill_chunk=100)
+    engine.submit(known, SamplingParams(max_new_tokens=1))
+    run(engine)
+    read = count_read_tokens(engine)
+    params = SamplingParams(max_new_tokens=30, temperature=0)
+    requests = [engine.submit(prompt, params) for prompt in (*[known + tail for tail in tails], new, long)]
+    engine.step()
+    assert sorted(read) == [7, 5 + 1 + 30 + 9 + 48], "two passes; the last piece is what was left of 100 tokens"
+    assert [len(r.completions[0].ids) for r in requests] == [1] * 5 + [0]
+    run(engine)
+    assert [r.completions[0].ids for r in requests] == [greedy(model, r.prompt_ids, 30) for r in requests]
+
+
 def test_the_prefix_cache_keeps_no_more_than_it_may(model):
     engine = Engine(model, slots=2, prefix_cache_tokens=128)
     for prompt in prompts_of([100] * 6):
