@@ -347,6 +347,16 @@ def special_token_ids(tokenizer_folder: str | Path, vocab_size: int | None = Non
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
+def read_config(folder: Path) -> MiniGPTConfig:
+    """The shape of the model in a Hugging Face folder.
+
+    Raises:
+        ValueError: for a damaged file or an unknown layout: one sentence that names the file.
+    """
+    path = folder / "config.json"
+    return config_from_hf(_read_json(path), path)
+
+
 def load_hf_folder(folder: str | Path) -> tuple[MiniGPTConfig, dict[str, torch.Tensor]]:
     """Reads a stock Qwen3, Llama or Qwen2 folder.
 
@@ -363,7 +373,7 @@ def load_hf_folder(folder: str | Path) -> tuple[MiniGPTConfig, dict[str, torch.T
         raise FileNotFoundError(f"{folder}: no such folder; give a folder with config.json and {WEIGHTS}")
     for name in ("config.json", "generation_config.json", WEIGHTS_INDEX, *TOKENIZER_FILES):
         refuse_links_out(folder / name)
-    config = config_from_hf(_read_json(folder / "config.json"), folder / "config.json")
+    config = read_config(folder)
     check_tokenizer(folder)
     tensors: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):

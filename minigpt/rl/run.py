@@ -16,8 +16,7 @@ import torch
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import PackedDataset
 from minigpt.errors import UserError
-from minigpt.model.hf import _read_json, config_from_hf, load_generation_config
-from minigpt.model.model_minigpt import MiniGPTConfig
+from minigpt.model.hf import load_generation_config, read_config
 from minigpt.observe.hardware import describe_hardware, package_version, source_commit
 from minigpt.trainer import checkpoint
 from minigpt.trainer.engine import Processes
@@ -74,7 +73,7 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     run.open()
     encoder = _encoder(init)
     source, heldout = _prompts(stage, options, init)
-    config = _config(init)
+    config = read_config(model_folder(init))  # the weights are read by the workers alone
     limit = config.max_position_embeddings
     prompts = PromptSource(source.train, encoder, options.thinking, options.seed, limit - 1)
     judged = None if heldout is None else PromptSource(heldout, encoder, options.thinking, options.seed, limit - 1)
@@ -347,12 +346,6 @@ def _check_judges(options: RLOptions, init: Path) -> None:
             raise UserError(
                 f"--{option} {other} has another tokenizer than {init}: train it on the same model, or give another"
             )
-
-
-def _config(init: Path) -> MiniGPTConfig:
-    """The shape of the model; its weights are read by the workers alone. Errors: ValueError naming the file."""
-    path = model_folder(init) / "config.json"
-    return config_from_hf(_read_json(path), path)
 
 
 def _encoder(init: Path) -> ChatEncoder:

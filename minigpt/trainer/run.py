@@ -24,7 +24,7 @@ SUMMARY = "summary.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "pyarrow")
 OURS = (
     *("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", SUMMARY, "hf", "report", "report.md"),
-    *("critic", "heldout"),  # of reinforcement learning
+    "critic",  # of reinforcement learning
     *("adapter", "eval"),  # of LoRA, and what other commands found about the weights
 )
 

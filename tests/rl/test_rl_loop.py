@@ -20,7 +20,6 @@ from data_prep.pack import PackOptions, pack
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import PackedDataset
 from minigpt.errors import UserError
-from minigpt.model.hf import load_hf_folder
 from minigpt.model.model_critic import RewardModel
 from minigpt.rl import cluster
 from minigpt.rl.batch import RolloutBatch
@@ -29,7 +28,7 @@ from minigpt.rl.options import GRPOOptions, PPOOptions
 from minigpt.rl.prompts import PromptSource
 from minigpt.rl.reward_pool import RewardPool
 from minigpt.rl.roles import Roles
-from minigpt.rl.run import RLStage, _check_judges, _config, _prompts
+from minigpt.rl.run import RLStage, _check_judges, _prompts
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.setup import load_masters
 
@@ -580,16 +579,6 @@ def sequences(batch: RolloutBatch) -> list[list[int]]:
 
 def answered(batch: RolloutBatch) -> list[tuple[list[int], int]]:
     return list(zip(sequences(batch), batch.answer_lens.tolist(), strict=True))
-
-
-def test_the_controller_knows_the_shape_of_a_model_without_its_weights(world, tmp_path):
-    hf = tmp_path / "run" / "hf"
-    hf.mkdir(parents=True)
-    shutil.copy(world / "sft" / "hf" / "config.json", hf)
-    assert _config(tmp_path / "run") == load_hf_folder(world / "sft" / "hf")[0]
-    (hf / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config\.json: a JSON object was expected"):
-        _config(tmp_path / "run")
 
 
 def test_a_packed_folder_for_evaluation_gives_its_held_out_split(world, tmp_path, capsys):

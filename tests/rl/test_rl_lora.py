@@ -1,6 +1,8 @@
 """A run of GRPO whose policy is an adapter, with a KL and an evaluation every other step: once whole, once resumed, and
 once with two ranks."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,16 @@ def test_an_adapter_alone_may_be_published_and_changes_no_bit(whole, world, tmp_
     assert [without_times(line) for line in metrics_of(run)] == [without_times(line) for line in metrics_of(whole)]
     ours, theirs = load_masters(run).state_dict(), load_masters(whole).state_dict()
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+def test_overwrite_replaces_a_run_and_keeps_the_held_out_prompts_that_it_has_just_packed(whole, world, tmp_path):
+    run, asked = tmp_path / "grpo", tmp_path / "asked.jsonl"
+    shutil.copytree(whole, run)
+    questions = [{"messages": [{"role": "user", "content": text}]} for text in ("1 + 1?", "2 + 2?")]
+    asked.write_text("".join(json.dumps(one) + "\n" for one in questions))
+    train(world, run, f"--eval_data={asked}", "--overwrite", "--max_steps=1")
+    assert len(PackedDataset(run / "heldout" / "data", "train")) == 2
+    assert [line["step"] for line in metrics_of(run)] == [1]
 
 
 def test_two_ranks_learn_what_one_does(whole, world, tmp_path):
