@@ -80,11 +80,19 @@ _WORTH_COMPILING = {"cpu": 1.5e13, "cuda": 1e16}  # FLOPs of the whole run
 
 
 def compile_wanted(options: TrainOptions, device: torch.device, run_flops: float) -> bool:
-    """Whether to compile: as asked for, else where the tools are installed and the run is long enough to gain by it."""
-    if options.compile is not None:
-        return options.compile
+    """Whether to compile: as asked for, else where the tools are installed and the run is long enough to gain by it.
+
+    Errors: UserError when it is asked for and the tools are missing.
+    """
     headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()  # what torch.compile builds includes it
     installed = device.type == "cuda" or (headers and shutil.which(os.environ.get("CXX", "g++")) is not None)
+    if options.compile and not installed:
+        raise UserError(
+            "--compile true needs a C++ compiler and Python's headers (sudo apt-get install g++ python3-dev); "
+            "leave it out to train without"
+        )
+    if options.compile is not None:
+        return options.compile
     return installed and run_flops >= _WORTH_COMPILING[device.type]
 
 

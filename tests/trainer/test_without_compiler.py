@@ -39,3 +39,13 @@ def test_training_without_a_compiler_computes_the_same(dtype, packed, tmp_path, 
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-5 if dtype == "fp32" else 1e-2)
     assert (tmp_path / "without" / "hf" / "model.safetensors").exists()
+
+
+def test_compiling_without_a_compiler_is_refused_in_a_sentence(packed, tmp_path, minigpt, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.delenv("CXX", raising=False)
+    options = [option for option in SMALL if not option.startswith("--compile")]
+    ended = minigpt("train", "pretrain", *options, "--data", packed, "--save_dir", tmp_path / "run", "--compile=true")
+    assert "--compile true needs a C++ compiler" in ended.sentence()
+    assert "leave it out" in ended.sentence()
