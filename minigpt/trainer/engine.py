@@ -36,6 +36,14 @@ from .sleep import Sleeper, tensors_within
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
+# Keys of a DeepSpeed configuration by which a rank's slice is not a part of all parameters laid end to end in order
+NOT_END_TO_END = ("offload_optimizer", "round_robin_gradients", "parameter_alignment")
+# Its keys that our own options decide
+OURS = (
+    *("optimizer", "scheduler", "fp16"),
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+)
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -123,7 +131,8 @@ class Engine:
         processes: From `init_processes`.
         dtype: torch.bfloat16 (with float32 masters and accumulation) or torch.float32.
         learning_rate: First learning rate; `step` sets it anew each time.
-        optimizer_name: "adamw", "muon", or "auto": Muon wherever it works, that is up to ZeRO stage 2.
+        optimizer_name: "adamw", "muon", or "auto": Muon wherever it works, that is up to ZeRO stage 2, unless the
+            configuration offloads, reorders or pads what it updates.
         betas: Of AdamW.
         weight_decay: On matrices but not on embeddings, norms and biases.
         grad_clip: Largest global gradient norm; 0: no clipping.
@@ -185,11 +194,16 @@ class Engine:
         weight_decay: float,
         dtype: torch.dtype,
     ) -> torch.optim.Optimizer:
-        sliced_per_matrix = self.zero_stage == 3 or "offload_optimizer" in self.config["zero_optimization"]
-        if name == "muon" and sliced_per_matrix:
-            raise UserError("--optimizer muon works with ZeRO stages 0 to 2 without offload; take --optimizer adamw")
+        zero = self.config["zero_optimization"]
+        # Muon takes a rank's slice for a part of all matrices end to end, in their order
+        otherwise_sliced = self.zero_stage == 3 or any(zero.get(key) for key in NOT_END_TO_END)
+        if name == "muon" and otherwise_sliced:
+            raise UserError(
+                f"--optimizer muon works with ZeRO stages 0 to 2 without {', '.join(NOT_END_TO_END)}; "
+                "take --optimizer adamw"
+            )
         groups = parameter_groups(module, weight_decay)
-        self.optimizer_name = "adamw" if name == "adamw" or sliced_per_matrix else "muon"
+        self.optimizer_name = "adamw" if name == "adamw" or otherwise_sliced else "muon"
         if self.optimizer_name == "adamw":
             return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
         groups[0][MUON] = True
@@ -485,8 +499,8 @@ def _deepspeed_config(path: Path | None, dtype: torch.dtype, grad_clip: float) -
         raise UserError(
             "ZeRO stage 0 keeps no float32 masters and trains bf16 badly; take ds_configs/zero1.json or --dtype fp32"
         )
-    if "optimizer" in config or "scheduler" in config:
-        raise UserError(f"{path}: optimizer and scheduler are options of the trainer, take them out of this file")
+    if given := [key for key in OURS if key in config]:
+        raise UserError(f"{path} sets {', '.join(given)}, which options of the trainer decide; take that out of the file")
     return {
         "train_micro_batch_size_per_gpu": 1,  # batches are cut by our loop; DeepSpeed only counts with this
         "gradient_accumulation_steps": 1,

@@ -1,5 +1,6 @@
 """The engine in one process: parameter groups, masters, clipping, Muon's update, skipped steps, evaluation."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minigpt.errors import UserError
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 from minigpt.trainer import checkpoint
 from minigpt.trainer.engine import Engine, init_processes, parameter_groups
@@ -36,8 +38,8 @@ def engine():
 
     def make(stage: int, dtype=torch.float32, loss=language_model_loss, **options) -> Engine:
         options = {"learning_rate": 1e-2, "weight_decay": 0.0, "grad_clip": 0.0, **options}
-        module = StageModule(small_model(), loss)
-        made.append(Engine(module, init_processes(), dtype=dtype, config=CONFIGS / f"zero{stage}.json", **options))
+        options.setdefault("config", CONFIGS / f"zero{stage}.json")
+        made.append(Engine(StageModule(small_model(), loss), init_processes(), dtype=dtype, **options))
         return made[-1]
 
     yield make
@@ -190,6 +192,18 @@ def test_muon_orthogonalises_the_gradient_with_nesterov_momentum(stage, engine):
             expected = 0.2 * max(second.shape) ** 0.5 * orthogonalise(direction[None], torch.float32)[0]
             update = (before[name] - after[name]) / 1e-2
             assert (update - expected).norm() < 1e-3 * expected.norm(), name
+
+
+@pytest.mark.parametrize("key", ["round_robin_gradients", "parameter_alignment"])
+def test_muon_is_not_taken_where_deepspeed_lays_the_matrices_out_otherwise(key, engine, tmp_path):
+    """It would cut other matrices out of a rank's slice than there are, without a word."""
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 2, key: True}}))
+    assert engine(2, config=config, optimizer_name="auto").optimizer_name == "adamw"
+    with pytest.raises(UserError, match=f"muon works with ZeRO stages 0 to 2 without .*{key}.*--optimizer adamw"):
+        engine(2, config=config, optimizer_name="muon")
+    config.write_text(json.dumps({"zero_optimization": {"stage": 2, key: False}}))
+    assert engine(2, config=config, optimizer_name="auto").optimizer_name == "muon"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
