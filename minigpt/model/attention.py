@@ -16,6 +16,8 @@ Shapes: B rows, T queries, S keys, H query heads, G key/value heads (H a multipl
 from __future__ import annotations
 
 import ctypes
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from .native import load_native
 
@@ -31,6 +34,16 @@ BACKENDS = ("varlen", "sdpa", "reference")
 _SDPA_MAX_TOKENS_ON_CPU = (
     1024  # beyond it the [B, T, T] mask is quadratic in T; a shared mask costs 7 % of a step at 256
 )
+_FLASH_HEAD_MULTIPLE = 8  # head sizes that flash kernels take: multiples of this, up to 256
+# On Hopper SDPA would ask cuDNN first, which plans every new shape for 0.4 s, and prompts come in every length
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _takes_groups(varlen: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(varlen).parameters
+
+
+_flash_takes_groups = _takes_groups(varlen_attn)
 
 
 @dataclass
@@ -165,14 +178,24 @@ def _varlen(q_BHTD, k_BGSD, v_BGSD, pattern: AttentionPattern):
     B, H, T, D = q_BHTD.shape
     q, k, v = (x.transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (q_BHTD, k_BGSD, v_BGSD))
     if q.device.type == "cuda":
-        from torch.nn.attention.varlen import varlen_attn
-
-        cu, longest, causal = pattern.cu_seqlens, pattern.max_seqlen, (-1, 0)
-        assert cu is not None
-        out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=causal, enable_gqa=k.shape[1] != H)
+        out = _flash(q, k, v, pattern)
     else:
         out, _ = torch.ops.minigpt.document_attention(q, k, v, pattern.cu_seqlens)
     return out.view(B, T, H, D).transpose(1, 2)
+
+
+def _flash(q_NHD: torch.Tensor, k_NGD: torch.Tensor, v_NGD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+    """torch's flash kernel for packed documents: [N, H, D]."""
+    cu, longest, D = pattern.cu_seqlens, pattern.max_seqlen, q_NHD.shape[2]
+    assert cu is not None
+    if missing := -D % _FLASH_HEAD_MULTIPLE:  # channels of 0 change no score and no other channel
+        q_NHD, k_NGD, v_NGD = (F.pad(x, (0, missing)) for x in (q_NHD, k_NGD, v_NGD))
+    groups, causal = q_NHD.shape[1] // k_NGD.shape[1], (-1, 0)
+    if groups > 1 and not _flash_takes_groups:  # torch 2.11
+        k_NGD, v_NGD = (x.repeat_interleave(groups, dim=1) for x in (k_NGD, v_NGD))
+    grouped = {"enable_gqa": groups > 1} if _flash_takes_groups else {}
+    out: Any = varlen_attn(q_NHD, k_NGD, v_NGD, cu, cu, longest, longest, scale=D**-0.5, window_size=causal, **grouped)
+    return out[..., :D]
 
 
 # On a CPU: document by document, by compiled code (`attention.cpp`), or by torch's flash kernel where that cannot be

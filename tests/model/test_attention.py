@@ -1,14 +1,18 @@
 """Attention: every backend is the formula in float64, and documents in one row do not know of each other."""
 
+import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import minigpt.model.attention as attention_module
 from minigpt.model.attention import (
     SOURCE,
     AttentionPattern,
+    _flash,
+    _takes_groups,
     attention,
     boundaries,
     cached_pattern,
@@ -229,13 +233,94 @@ def test_numbers_that_are_none_stay_so():
     assert not out[0, 2].isnan().any()
 
 
+def of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                  window_size=(-1, -1)):  # fmt: skip
+    """What the kernel behind torch's `varlen_attn` takes and computes, on a CPU; with the arguments of torch 2.11."""
+    assert query.shape == key.shape == value.shape
+    assert query.shape[2] % 8 == 0
+    assert query.shape[2] <= 256
+    assert (window_size, return_aux) == ((-1, 0), None), "causal"
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert max_q == max_k >= cu_seq_q.diff().max()
+    out = torch.zeros_like(query)
+    for start, end in itertools.pairwise(cu_seq_q.tolist()):
+        scores = torch.einsum("thd,shd->hts", query[start:end], key[start:end]) * scale
+        hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        out[start:end] = torch.einsum("hts,shd->thd", weights, value[start:end])
+    return out
+
+
+def of_torch_2_13(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    """The same with grouped heads, if that is said."""
+    groups = query.shape[1] // key.shape[1]
+    assert enable_gqa or groups == 1
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    arguments = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
+    return of_torch_2_11(*arguments, return_aux=return_aux, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("varlen", [of_torch_2_11, of_torch_2_13], ids=["torch 2.11", "torch 2.13"])
+@pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 8), ((4, 2), 8), ((4, 1), 6)])
+def test_flash_attention_is_called_as_each_torch_takes_it(varlen, heads, head_dim, monkeypatch):
+    monkeypatch.setattr(attention_module, "varlen_attn", varlen)
+    monkeypatch.setattr(attention_module, "_flash_takes_groups", _takes_groups(varlen))
+    ids = document_ids()
+    pattern = packed_pattern(ids, torch.float64, "varlen")
+
+    def ours(*qkv):
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in qkv)
+        return _flash(q, k, v, pattern).unflatten(0, (2, T)).transpose(1, 2)
+
+    found = output_and_gradients(ours, random_qkv(torch.float64, heads, head_dim))
+    expected = output_and_gradients(lambda *qkv: formula(*qkv, ids), random_qkv(torch.float64, heads, head_dim))
+    for name, one, reference in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        assert relative_error(one, reference) < 1e-13, name
+
+
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_the_installed_torch_takes_the_call(head_dim):
+    """On tensors without contents, for which the real operator only tells the shapes, forward and backward."""
+    q, k, v = (torch.empty(48, heads, head_dim, device="meta", dtype=torch.bfloat16, requires_grad=True)
+               for heads in (4, 2, 2))  # fmt: skip
+    edges = torch.empty(5, device="meta", dtype=torch.int32)
+    out = _flash(q, k, v, AttentionPattern("varlen", cu_seqlens=edges, max_seqlen=T))
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
+
+
+def test_no_prompt_waits_for_cudnn_to_plan_its_shape():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["multi-head", "grouped"])
-def test_flash_attention_on_a_gpu_is_the_formula(heads):
-    """bf16, head size 64: as near to float64 as rounding the exact answer's inputs to bf16 allows."""
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_flash_attention_on_a_gpu_is_the_formula(heads, head_dim):
+    """bf16: as near to float64 as rounding the exact answer's inputs to bf16 allows."""
     ids = document_ids()
-    expected = output_and_gradients(lambda *qkv: formula(*qkv, ids), random_qkv(torch.float64, heads, head_dim=64))
-    on_gpu = [x.detach().cuda().requires_grad_() for x in random_qkv(torch.bfloat16, heads, head_dim=64)]
+    expected = output_and_gradients(
+        lambda *qkv: formula(*qkv, ids), random_qkv(torch.float64, heads, head_dim=head_dim)
+    )
+    on_gpu = [x.detach().cuda().requires_grad_() for x in random_qkv(torch.bfloat16, heads, head_dim=head_dim)]
     pattern = packed_pattern(ids.cuda(), torch.bfloat16, choose_backend("cuda", T))
     assert pattern.backend == "varlen"
     out = attention(*on_gpu, pattern)
