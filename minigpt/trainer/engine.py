@@ -500,12 +500,15 @@ def _deepspeed_config(path: Path | None, dtype: torch.dtype, grad_clip: float) -
             "ZeRO stage 0 keeps no float32 masters and trains bf16 badly; take ds_configs/zero1.json or --dtype fp32"
         )
     if given := [key for key in OURS if key in config]:
-        raise UserError(f"{path} sets {', '.join(given)}, which options of the trainer decide; take that out of the file")
+        raise UserError(
+            f"{path} sets {', '.join(given)}, which options of the trainer decide; take that out of the file"
+        )
     return {
         "train_micro_batch_size_per_gpu": 1,  # batches are cut by our loop; DeepSpeed only counts with this
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU before every forward and after every step
         **config,
         "gradient_clipping": grad_clip if stage else 0.0,  # at stage 0 _Stage0Guard clips
         "zero_allow_untested_optimizer": True,

@@ -65,6 +65,7 @@ class _Progress:
     seconds: float = 0.0
     validated_step: int = 0
     validation: dict[str, float] = field(default_factory=dict)
+    goal_reached: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -116,7 +117,6 @@ class Trainer:
     origin: str
     progress: _Progress = field(default_factory=_Progress)
     speed: _Speed = field(default_factory=_Speed)
-    goal_reached: bool = False
     saved_step: int | None = None
 
     def run(self) -> dict[str, Any]:
@@ -127,7 +127,8 @@ class Trainer:
         dtype = compute_dtype(options, self.processes.device)
         tokens = self.total_steps * options.global_batch_size * self.data.seq_len / self.processes.world_size
         trained = {name: p.shape for name, p in self.network.named_parameters() if p.requires_grad}
-        self.trained_layout = trained_layout(self.network)  # now: ZeRO stage 3 will take the shapes apart
+        # now: ZeRO stage 3 will take the shapes apart
+        self.trained_layout, self.parameters = trained_layout(self.network), self.network.num_parameters()
         frozen = any(not p.requires_grad for p in self.network.parameters())
         self.adapter_weights = sum(shape.numel() for shape in trained.values()) if frozen else None
         run_flops = self._flops(tokens=tokens, labels=tokens, attention_pairs=0)
@@ -188,6 +189,8 @@ class Trainer:
         self.run_folder.check_resumable(state, self.data, self.network, self._engine_identity())
         checkpoint.load(self.engine, folder)
         self.progress = _Progress(**state["progress"])
+        if state["options"].get("stop_when") != self.options.stop_when:
+            self.progress.goal_reached = False
         self.saved_step = self.progress.step
         self.total_steps = total_steps(self.options, len(self.data), self.progress)
         self.run_folder.say(f"resuming from {folder} at step {self.progress.step} of {self.total_steps}")
@@ -200,7 +203,7 @@ class Trainer:
         batches = _prefetch(self._step_batches(), self.tensors, self.stage.statistics)
         nan_steps = 0
         started = time.monotonic()
-        while progress.step < self.total_steps:
+        while progress.step < self.total_steps and not progress.goal_reached:
             micro_batches, local = next(batches)
             # Before the clock: it waits for the device. All ranks stop together, also if only one was asked
             stop_asked, weight, tokens, labels, pairs = self.processes.sum([float(stop.asked), *local])
@@ -208,7 +211,7 @@ class Trainer:
                 self._leave(stop)
             if self._validation_is_due():
                 self.validate()
-                if self.goal_reached:
+                if progress.goal_reached:
                     break
                 started = time.monotonic()
             scale = 1.0 / weight if weight else 0.0
@@ -333,7 +336,7 @@ class Trainer:
             result = tasks.run(self.network.config, plain, device, dtype)
             self.run_folder.log(self.progress.step, {"kind": "eval", **result, "tokens": self.progress.tokens})
             reached = self._is_reached(result)
-        self.goal_reached = self.processes.broadcast(reached)
+        self.progress.goal_reached = self.processes.broadcast(reached)
 
     def _is_reached(self, result: dict[str, float]) -> bool:
         """Whether `stop_when` ends the run here."""
@@ -384,6 +387,7 @@ class Trainer:
             "skipped_steps": self.progress.skipped_steps,
             "zero_stage": self.engine.zero_stage,
             "init": self.origin,
+            "parameters": self.parameters,
         }
         summary = self.run_folder.finish(self.stage, self.options, self.network, weights, self.data, extra)
         self.processes.barrier()
@@ -395,7 +399,7 @@ class Trainer:
         steps = f"{self.total_steps:,} steps = {self.total_steps * o.global_batch_size / len(self.data):.2f} epochs"
         kind = str(dtype).removeprefix("torch.")
         compiled = ", compiled" if self.engine.compiled else ""
-        size = f"{self.network.num_parameters() / 1e6:.2f}M parameters ({self.origin})"
+        size = f"{self.parameters / 1e6:.2f}M parameters ({self.origin})"
         how = f"{kind}{compiled}, {self.engine.optimizer_name}, ZeRO stage {self.engine.zero_stage}"
         return f"{size}; {self.stage.batch_description(self)}; {steps}; {how}"
 

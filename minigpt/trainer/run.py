@@ -238,7 +238,6 @@ class Run:
             "stage": stage.name,
             "recipe": options.recipe,
             **results,
-            "parameters": network.num_parameters(),
             "vocab_size": network.config.vocab_size,
             "global_batch_size": options.global_batch_size,
             "seq_len": data.seq_len,

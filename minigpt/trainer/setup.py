@@ -84,8 +84,7 @@ def compile_wanted(options: TrainOptions, device: torch.device, run_flops: float
 
     Errors: UserError when it is asked for and the tools are missing.
     """
-    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()  # what torch.compile builds includes it
-    installed = device.type == "cuda" or (headers and shutil.which(os.environ.get("CXX", "g++")) is not None)
+    installed = _can_compile(device)
     if options.compile and not installed:
         raise UserError(
             "--compile true needs a C++ compiler and Python's headers (sudo apt-get install g++ python3-dev); "
@@ -94,6 +93,16 @@ def compile_wanted(options: TrainOptions, device: torch.device, run_flops: float
     if options.compile is not None:
         return options.compile
     return installed and run_flops >= _WORTH_COMPILING[device.type]
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Whether there is what torch.compile builds with: for a CPU C++, for a GPU the C with which Triton starts kernels."""
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()  # what is built includes it
+    if device.type == "cuda":
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        compilers = [os.environ.get("CXX", "g++")]
+    return headers and any(shutil.which(compiler) for compiler in compilers)
 
 
 def prepare_data(stage: Stage, options: TrainOptions, processes: Processes, valid_fraction: float = 0.02) -> Source:

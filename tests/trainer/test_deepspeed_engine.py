@@ -243,8 +243,8 @@ def test_alone_no_port_is_left_behind_for_programs_that_are_started_from_here(mo
     assert "MASTER_PORT" not in os.environ
 
 
-def test_the_configuration_that_offloads_trains(tmp_path):
-    """In a process of its own: ZeRO stage 3 changes torch for good."""
+def test_the_configuration_that_offloads_trains_and_counts_all_parameters(tmp_path):
+    """In a process of its own: ZeRO stage 3 changes torch for good, and a parameter that is spread looks empty."""
     shape = ["--hidden_size=32", "--num_hidden_layers=1", "--num_attention_heads=2", "--num_key_value_heads=1"]
     command = [sys.executable, "-m", "minigpt", "train", "pretrain", *shape, "--max_steps=2", "--compile=false"]
     done = subprocess.run(
@@ -254,3 +254,7 @@ def test_the_configuration_that_offloads_trains(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "hf" / "model.safetensors").exists()
+    weights = torch.load(tmp_path / "pretrain_32.pth", weights_only=True)
+    total = sum(weight.numel() for name, weight in weights.items() if name != "lm_head.weight")  # it is tied
+    assert json.loads((tmp_path / "summary.json").read_text())["parameters"] == total
+    assert f"{total / 1e6:.2f}M parameters" in done.stdout

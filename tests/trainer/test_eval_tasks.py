@@ -55,6 +55,14 @@ def test_a_run_ends_when_its_goal_is_reached(train, minigpt, packed, texts, ques
     assert "questions/accuracy>=0 is reached at step 2" in told
     assert json.loads((tmp_path / "easy" / "summary.json").read_text())["steps"] == 2
     assert (tmp_path / "easy" / "hf" / "config.json").exists()
+    (tmp_path / "easy" / "summary.json").unlink()  # as if killed before the export
+    assert "at step 2 of 6" in train(
+        "pretrain", *common, *goal, "questions/accuracy>=0", "--save_dir", tmp_path / "easy"
+    )
+    assert json.loads((tmp_path / "easy" / "summary.json").read_text())["steps"] == 2
+    (tmp_path / "easy" / "summary.json").unlink()
+    train("pretrain", *common, *goal, "questions/accuracy>=1.1", "--save_dir", tmp_path / "easy")
+    assert json.loads((tmp_path / "easy" / "summary.json").read_text())["steps"] == 6, "another goal goes on"
     train("pretrain", *common, *goal, "questions/accuracy>=1.1", "--save_dir", tmp_path / "never")
     assert json.loads((tmp_path / "never" / "summary.json").read_text())["steps"] == 6
     for wrong, why in (("accuracy > 1", "TASK/METRIC>=VALUE"), ("sums/accuracy>=0.5", "questions/accuracy")):
