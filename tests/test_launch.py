@@ -102,6 +102,26 @@ def test_when_pip_fails_its_reason_and_ours_are_shown_and_the_next_run_tries_aga
         assert not (checkout / ".venv" / "minigpt-setup").exists()
 
 
+OPERATORS_OF_DEEPSPEED = """
+import torch
+from torch.utils import cpp_extension
+torch.cuda.is_available, torch.version.cuda, cpp_extension.CUDA_HOME = (lambda: True), "13.0", None
+torch.cuda.get_device_properties = lambda device: type("GPU", (), {"major": 9, "minor": 0})
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
+print([builder.is_compatible() for builder in ALL_OPS.values()])
+"""
+
+
+def test_deepspeed_is_installed_beside_a_gpu_without_nvcc():
+    """Its setup.py asks every operator whether it could be built, and some look for nvcc; not with our variables."""
+    script = (REPOSITORY / "launch" / "_setup.sh").read_text()
+    (given,) = re.findall(r"^ +((?:DS_\w+=\d )+)install .*--no-build-isolation", script, re.MULTILINE)
+    ours = {"DS_ACCELERATOR": "cuda", **dict(pair.split("=") for pair in given.split())}
+    done = run([sys.executable, "-c", OPERATORS_OF_DEEPSPEED], os.environ["PATH"], **ours)
+    assert done.returncode == 0, done.stderr
+    assert "True" in done.stdout
+
+
 def test_a_second_run_installs_nothing_until_the_pins_change(checkout, bare_machine):
     make_ready(checkout)
     ready = in_setup(checkout, "ensure_environment; command -v python", bare_machine)  # cannot install: no Python there

@@ -96,7 +96,7 @@ def compile_wanted(options: TrainOptions, device: torch.device, run_flops: float
 
 
 def _can_compile(device: torch.device) -> bool:
-    """Whether there is what torch.compile builds with: for a CPU C++, for a GPU the C with which Triton starts kernels."""
+    """Whether there is what torch.compile builds with: C++ for a CPU; for a GPU C, with which Triton starts kernels."""
     headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()  # what is built includes it
     if device.type == "cuda":
         compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]

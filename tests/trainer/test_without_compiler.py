@@ -5,7 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from small_run import SMALL, metrics
+
+from minigpt.trainer.setup import compile_wanted
+from minigpt.trainer.train_pretrain import PretrainOptions
 
 # Any run counts as long enough to compile, so only the missing compiler keeps it from that.
 PROGRAM = """
@@ -49,3 +53,24 @@ def test_compiling_without_a_compiler_is_refused_in_a_sentence(packed, tmp_path,
     ended = minigpt("train", "pretrain", *options, "--data", packed, "--save_dir", tmp_path / "run", "--compile=true")
     assert "--compile true needs a C++ compiler" in ended.sentence()
     assert "leave it out" in ended.sentence()
+
+
+def test_a_gpu_needs_a_c_compiler_and_the_headers_too(tmp_path, monkeypatch):
+    """Triton builds the module that starts its kernels with CC, gcc or clang, and includes Python.h."""
+    gpu, options, long_run = torch.device("cuda"), PretrainOptions(save_dir=tmp_path), 1e20
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("CXX", "g++")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not compile_wanted(options, gpu, long_run)
+    with pytest.raises(ValueError, match="--compile true needs a C"):
+        compile_wanted(PretrainOptions(save_dir=tmp_path, compile=True), gpu, long_run)
+    for name in ("clang", "my-cc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    assert compile_wanted(options, gpu, long_run)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert not compile_wanted(options, gpu, long_run), "Triton takes CC's word"
+    monkeypatch.setenv("CC", str(tmp_path / "my-cc"))
+    assert compile_wanted(options, gpu, long_run)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    assert not compile_wanted(options, gpu, long_run), "no headers"
