@@ -258,3 +258,15 @@ def test_the_configuration_that_offloads_trains_and_counts_all_parameters(tmp_pa
     total = sum(weight.numel() for name, weight in weights.items() if name != "lm_head.weight")  # it is tied
     assert json.loads((tmp_path / "summary.json").read_text())["parameters"] == total
     assert f"{total / 1e6:.2f}M parameters" in done.stdout
+
+
+def test_no_timer_of_deepspeed_waits_for_the_device(engine, monkeypatch):
+    """Its timer of throughput would before every forward pass and after every step, from the third step on."""
+    from deepspeed.utils import timer
+
+    waits = []
+    monkeypatch.setattr(timer.get_accelerator(), "synchronize", lambda *_: waits.append(1))
+    one = engine(1)
+    for seed in range(4):
+        one_step(one, seed)
+    assert not waits
