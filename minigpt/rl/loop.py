@@ -29,6 +29,7 @@ from .roles import Roles, Sampling
 
 EVALUATION_IDS = 1 << 40  # sample numbers that training never reaches
 COUNTS = ("reward_failures",)  # what of several rounds is added up; of the other metrics the mean is taken
+RESULTS = ("loss", "reward", "tokens_per_second")  # what of a step's metrics the summary tells
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Position:
         tokens: Answer tokens of all steps, also of answers that taught nothing and were left out of the update.
         seconds: Of all steps.
         nan_steps: Skipped steps in a row.
+        results: `RESULTS` of the last step that had them: one without an update has no loss.
         first_evaluation, last_evaluation: What was measured on held-out prompts.
         evaluated_step: When the last of them was.
     """
@@ -55,6 +57,7 @@ class Position:
     tokens: int = 0
     seconds: float = 0.0
     nan_steps: int = 0
+    results: dict[str, float] = field(default_factory=dict)
     first_evaluation: dict[str, Any] = field(default_factory=dict)
     last_evaluation: dict[str, Any] = field(default_factory=dict)
     evaluated_step: int = 0
@@ -153,7 +156,9 @@ class Loop:
         position.tokens += len(experience.batch.behaviour_log_probs)
         seconds = time.perf_counter() - started
         position.seconds += seconds
-        return {**experience.metrics, **metrics, **self._times(seconds, experience.batch)}
+        metrics = {**experience.metrics, **metrics, **self._times(seconds, experience.batch)}
+        position.results |= {name: metrics[name] for name in RESULTS if name in metrics}
+        return metrics
 
     def _ask_ahead(self) -> None:
         """With overlap: have the next step's prompts answered while this one learns."""
@@ -260,19 +265,24 @@ class Loop:
         if isinstance(o, PPOOptions):
             rate = self._rate(o.critic_learning_rate)
             metrics |= self.roles.update_critic(batch, rate)
-        if self._has_something_to_learn(batch):
-            rate = self._rate(o.learning_rate)
+        updated = self._has_something_to_learn(batch)
+        if updated:
+            rate = self._rate(o.learning_rate, self._critic_warmup)
             metrics |= {"lr": rate, **self.roles.update_policy(batch, rate, position.kl_coefficient)}
         self._count_nan_steps(metrics)
-        self._adapt_kl(metrics, batch)
+        self._adapt_kl(metrics, batch, updated)
         return metrics
+
+    @property
+    def _critic_warmup(self) -> int:
+        """Steps in which the policy does not learn."""
+        return self.options.critic_warmup if isinstance(self.options, PPOOptions) else 0
 
     def _has_something_to_learn(self, batch: RolloutBatch) -> bool:
         """False while only the critic learns, and where the gradient is exactly 0: a step would be the momentum's."""
-        o = self.options
-        if isinstance(o, PPOOptions) and self.position.step < o.critic_warmup:
+        if self.position.step < self._critic_warmup:
             return False
-        return o.pays_for_more_than_rewards or bool(batch.columns["advantages"].any())
+        return self.options.pays_for_more_than_rewards or bool(batch.columns["advantages"].any())
 
     def _estimate_advantages(self, experience: Experience, o: PPOOptions) -> dict[str, float]:
         """PPO: the KL is taken off each token's reward, the answer's reward comes with its last token, then GAE."""
@@ -307,22 +317,23 @@ class Loop:
         batch.columns |= {"values": values, "returns": flat_returns.numpy(), "advantages": advantages[keep].numpy()}
         return metrics
 
-    def _rate(self, peak: float) -> float:
+    def _rate(self, peak: float, first: int = 0) -> float:
+        """The rate of this step where the schedule begins at step `first`."""
         o = self.options
         return learning_rate(
-            self.position.step,
-            o.max_steps,
+            self.position.step - first,
+            o.max_steps - first,
             peak=peak,
             schedule=o.schedule,
             warmup_ratio=o.warmup_ratio,
             min_ratio=o.min_lr_ratio,
         )
 
-    def _adapt_kl(self, metrics: dict[str, float], batch: RolloutBatch) -> None:
+    def _adapt_kl(self, metrics: dict[str, float], batch: RolloutBatch, updated: bool) -> None:
         o, position, answers = self.options, self.position, len(batch)
         if "kl_per_answer" not in metrics and "kl" in metrics:
             metrics["kl_per_answer"] = metrics["kl"] * len(batch.behaviour_log_probs) / answers
-        if o.kl_target is not None and math.isfinite(metrics.get("kl_per_answer", math.nan)):
+        if updated and o.kl_target is not None and math.isfinite(metrics.get("kl_per_answer", math.nan)):
             controller = algorithms.AdaptiveKL(position.kl_coefficient, o.kl_target)
             position.kl_coefficient = controller.update(metrics["kl_per_answer"], answers)
         if o.kl_coefficient:

@@ -262,7 +262,7 @@ class PPOOptions(RLOptions):
     critic_init: What the critic starts from: a reward model's run, or any other. null: the reward model if there is
         one, else the policy's --init.
     critic_learning_rate: Peak learning rate of the critic.
-    critic_warmup: Steps in which only the critic learns.
+    critic_warmup: Steps in which only the critic learns; the policy's learning rate and its warm-up begin behind them.
     value_clip: Values may move so far from what they were at sampling before their gradient stops; null: no limit.
     gamma: Discount of later rewards.
     lam: λ of generalised advantage estimation.

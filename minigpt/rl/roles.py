@@ -213,8 +213,21 @@ class Roles:
         return self._shared("reference", "log_probs", batch, batch.answer_lens)
 
     def rewards(self, batch: RolloutBatch) -> np.ndarray:
-        """The reward model's judgement of every sequence, float32 [S]."""
-        return self._shared("reward", "rewards", batch, np.ones(len(batch), dtype=np.int64))
+        """The reward model's judgement of every sequence, float32 [S]; equal ones are judged once.
+
+        Twice they would be in passes of other shapes, which round otherwise, and advantages of a group have the same
+        size however little its rewards differ.
+        """
+        ends = np.cumsum(batch.lengths)
+        number: dict[bytes, int] = {}
+        which = np.array(
+            [
+                number.setdefault(batch.tokens[end - n : end].tobytes(), len(number))
+                for end, n in zip(ends, batch.lengths, strict=True)
+            ]
+        )
+        distinct = batch.take(np.unique(which, return_index=True)[1])
+        return self._shared("reward", "rewards", distinct, np.ones(len(distinct), dtype=np.int64))[which]
 
     def log_probs(self, batch: RolloutBatch) -> np.ndarray:
         """log π of every answer token by the graph that is trained, float32 [A]."""

@@ -173,7 +173,9 @@ class _Attempt:
         roles.load(folder, None if critics is None else checkpoint.checkpoint_folder(critics, state["step"]))
         self.run.say(f"resuming from {folder} at step {state['step']} of {o.max_steps}")
         position = Position(**state["position"])
-        if o.kl_target is None:  # nothing adapts it: the option counts, which may be another one now
+        before = state["options"]
+        adapted = o.kl_target is not None and before.get("kl_target") is not None
+        if not adapted or before["kl_coefficient"] != o.kl_coefficient:  # else it goes on from where it was moved to
             position.kl_coefficient = o.kl_coefficient
         return position
 
@@ -205,7 +207,6 @@ class _Attempt:
         roles.publish(position.step)
         if not position.first_evaluation:
             position.first_evaluation = self._evaluate(position)
-        metrics: dict[str, float] = {}
         while position.step < o.max_steps:
             due = o.eval_interval and position.step % o.eval_interval == 0
             if due and position.evaluated_step != position.step:
@@ -222,7 +223,7 @@ class _Attempt:
                 raise SystemExit(128 + self.stop.signal_number)
         if position.evaluated_step != position.step:
             position.last_evaluation = self._evaluate(position)
-        return self._finish(roles, position, metrics)
+        return self._finish(roles, position)
 
     def _evaluate(self, position: Position) -> dict[str, Any]:
         started = time.perf_counter()
@@ -244,20 +245,20 @@ class _Attempt:
         roles.save(self.run.folder.resolve(), json.loads(json.dumps(state, default=str)))
         self.saved = True
 
-    def _finish(self, roles: Roles, position: Position, metrics: dict[str, float]) -> dict[str, Any]:
+    def _finish(self, roles: Roles, position: Position) -> dict[str, Any]:
         written = roles.export(self.run.folder.resolve())
-        first, last = position.first_evaluation, position.last_evaluation
+        first, last, results = position.first_evaluation, position.last_evaluation, position.results
         summary = {
             "stage": self.job.name,
             "recipe": self.options.recipe,
             "steps": position.step,
             "tokens": position.tokens,
-            "loss": metrics.get("loss", 0.0),
-            "reward": metrics.get("reward"),
+            "loss": results.get("loss", 0.0),
+            "reward": results.get("reward"),
             "before": first,
             "after": last,
             "seconds": position.seconds,
-            "tokens_per_second": metrics.get("tokens_per_second"),
+            "tokens_per_second": results.get("tokens_per_second"),
             "parameters": self.facts["policy"]["parameters"],
             "vocab_size": self.network.config.vocab_size,
             "zero_stage": self.facts["policy"]["zero_stage"],

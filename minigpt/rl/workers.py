@@ -261,7 +261,8 @@ class TrainedWorker(Worker):
     def _make_engine(self, network: Any, loss: Callable[..., Any], processes: Processes, rate: float) -> None:
         o = self.job.options
         self.network = network
-        self.trained_layout = trained_layout(network)  # now: ZeRO stage 3 will take the shapes apart
+        # now: ZeRO stage 3 will take the shapes apart
+        self.trained_layout, self.parameters = trained_layout(network), network.num_parameters()
         self.engine = Engine(
             StageModule(network, loss),
             processes,
@@ -284,7 +285,7 @@ class TrainedWorker(Worker):
             "compiled": self.engine.compiled,
             "zero_stage": self.engine.zero_stage,
             "optimizer": self.engine.optimizer_name,
-            "parameters": self.network.num_parameters(),
+            "parameters": self.parameters,
             "rows": self._rows,
             "device": str(self.device),
             "frozen_hash": self.engine.frozen_hash,

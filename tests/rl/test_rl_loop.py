@@ -489,6 +489,38 @@ def test_a_skipped_step_leaves_the_kl_coefficient_alone(start):
     assert run.loop.position.kl_coefficient == 0.5 * (1 - 0.2 * PROMPTS * SAMPLES / 10_000)
 
 
+def test_while_the_critic_warms_up_neither_the_rate_of_the_policy_nor_its_kl_coefficient_moves(start):
+    """Two steps of six: the policy's warm-up, half of the steps, takes two of the four that are left."""
+    rates = {"learning_rate": 1e-3, "critic_learning_rate": 6e-3, "warmup_ratio": 0.5}
+    run = start("letters", name="ppo", critic_warmup=2, kl_coefficient=0.5, kl_target=0.05, **rates)
+    coefficients = [run.loop.step()["kl_coefficient"] for _ in range(6)]
+    assert coefficients[:2] == [0.5, 0.5]
+    assert coefficients[2] == 0.5 * (1 - 0.2 * PROMPTS * SAMPLES / 10_000)
+    policy = [call.arguments[1] for call in run.calls("policy", "update")]
+    critic = [call.arguments[1] for call in run.calls("critic", "update")]
+    assert policy == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3])
+    assert critic == pytest.approx([2e-3, 4e-3, 6e-3, 6e-3, 6e-3, 6e-3])
+
+
+# -------------------------------------------------------------------------------------------------------- reward model
+
+
+def test_equal_answers_get_equal_rewards_and_each_is_judged_once(start, reward_model):
+    """Judged twice, in passes of other shapes, they would differ by rounding; GRPO would make advantages of it."""
+    run = start("letters", reward_model=reward_model)
+    run.loop.step()
+    (drawn,) = run.values("rollout", "generate")
+    batch = drawn.take(np.array([3, 0, 3, *[1] * 400, 5, 0]))
+    found = run.roles.rewards(batch)
+    assert found[0] == found[2]
+    assert found[1] == found[-1]
+    assert len(set(found[3:403].tolist())) == 1
+    judge = RewardModel.from_pretrained(reward_model)
+    assert np.allclose(found, judge.rewards(sequences(batch)).numpy(), atol=1e-6)
+    asked = run.calls("reward", "rewards")[-1].arguments[0]
+    assert sequences(asked) == sequences(drawn.take(np.array([3, 0, 1, 5])))
+
+
 # ------------------------------------------------------------------------------------------------------------------ PPO
 
 

@@ -1,6 +1,7 @@
 """A run of PPO with all that it can carry along (critic, its warm-up, an adaptive KL, several updates a step): once
 whole, once resumed, and once with two ranks of policy and critic."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -99,12 +100,22 @@ def test_a_damaged_checkpoint_of_the_critic_is_passed_over_with_the_policys(whol
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_resumed_run_goes_on_with_the_kl_coefficient_that_is_asked_for_now(whole, world, tmp_path, capsys):
-    """Unless a target adapts it, an option is what it says, not what the checkpoint remembers."""
+@pytest.mark.parametrize("target", [[], ["--kl_target=0.05"]], ids=["fixed", "adaptive"])
+def test_a_resumed_run_goes_on_with_the_kl_coefficient_that_is_asked_for_now(whole, world, tmp_path, capsys, target):
+    """Unless a target adapted the very same one, an option is what it says, not what the checkpoint remembers."""
     run = interrupted(whole, tmp_path / "ppo", STEPS - 1)
-    assert train(world, run, "--kl_coefficient=0.7") == 0
+    assert train(world, run, "--kl_coefficient=0.7", *target) == 0
     assert "--kl_coefficient was 0.2 before the interruption and is 0.7 now" in capsys.readouterr().out
-    assert metrics_of(run)[-1]["kl_coefficient"] == 0.7
+    assert metrics_of(run)[-1]["kl_coefficient"] == pytest.approx(0.7, rel=1e-3 if target else 0)
+
+
+def test_a_run_killed_before_its_export_has_the_results_of_its_last_step(whole, world, tmp_path):
+    run = interrupted(whole, tmp_path / "ppo", STEPS)
+    assert train(world, run, *ADAPTIVE) == 0
+    ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole))
+    last = metrics_of(whole)[-1]
+    for name in ("loss", "reward", "tokens_per_second"):
+        assert ours[name] == theirs[name] == last[name] != 0
 
 
 def trained_again(model: Path, copy: Path) -> Path:

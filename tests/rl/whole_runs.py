@@ -77,4 +77,4 @@ def without_times(line: dict[str, Any]) -> dict[str, Any]:
 def position(run: Path, step: int) -> dict[str, Any]:
     """Where a checkpoint says that the run stands."""
     found = json.loads((checkpoint(run, step) / "state.json").read_text())["position"]
-    return {key: value for key, value in found.items() if key != "seconds"}
+    return {**without_times(found), "results": without_times(found["results"])}
