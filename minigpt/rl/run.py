@@ -22,7 +22,7 @@ from minigpt.trainer import checkpoint
 from minigpt.trainer.engine import Processes
 from minigpt.trainer.loop import GracefulStop
 from minigpt.trainer.options import TrainOptions
-from minigpt.trainer.run import PACKAGES, SUMMARY, Run, write_text
+from minigpt.trainer.run import PACKAGES, SUMMARY, Run, write_text, writing_results
 from minigpt.trainer.setup import Source, check_packed_for, model_folder, prepare_data, tokenizer_of, with_init
 
 from . import cluster
@@ -268,7 +268,8 @@ class _Attempt:
             "versions": {name: package_version(name) for name in (*PACKAGES, "ray")},
             "commit": source_commit(),
         }
-        write_text(self.run.folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, default=str) + "\n")
+        with writing_results(self.run.folder, self.options):
+            write_text(self.run.folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, default=str) + "\n")
         if first and last:
             what = "accuracy" if "accuracy" in last else "reward"
             self.run.say(f"held-out {what}: {first[what]:.3f} before, {last[what]:.3f} after {position.step} steps")
@@ -290,7 +291,13 @@ class _Attempt:
 def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, PackedDataset | None]:
     """The prompts of training, and those held out."""
     packing = TrainOptions(
-        data=options.data, save_dir=options.save_dir, init=init, seq_len=options.max_prompt_tokens, seed=options.seed
+        data=options.data,
+        save_dir=options.save_dir,
+        init=init,
+        seq_len=options.max_prompt_tokens,
+        seed=options.seed,
+        resume=options.resume,
+        overwrite=options.overwrite,
     )
     source = prepare_data(stage, packing, ALONE)
     if options.eval_data is None:
@@ -311,7 +318,17 @@ def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, Pa
             heldout = judged_source.train
     for data in filter(None, (source.train, heldout)):
         check_packed_for(init, data)
+    if heldout is not None and options.eval_data is not None:
+        _say_what_is_trained_on(source.train, heldout)
     return source, heldout
+
+
+def _say_what_is_trained_on(train: PackedDataset, heldout: PackedDataset) -> None:
+    """Raw files may be those of `--data`, or share prompts with them."""
+    trained = {train.row(row).prompt_ids.tobytes() for row in range(len(train))}
+    common = sum(heldout.row(row).prompt_ids.tobytes() in trained for row in range(len(heldout)))
+    if common:
+        print(f"--eval_data: {common} of its {len(heldout)} prompts are trained on too, so not held out", flush=True)
 
 
 def _with_absolute_paths(options: RLOptions) -> RLOptions:

@@ -34,6 +34,7 @@ from minigpt.trainer.flops import training_flops
 from minigpt.trainer.loop import to_tensors
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.reference_log_probs import weights_hash
+from minigpt.trainer.run import writing_results
 from minigpt.trainer.setup import compile_wanted, compute_dtype, configure_torch, load_masters
 from minigpt.trainer.sleep import Sleeper
 from minigpt.trainer.stage import StageModule, trained_layout
@@ -575,14 +576,17 @@ class PolicyWorker(TrainedWorker):
         return Published(version, [Bucket(entries, _store(split(entries, data))) for entries, data in kept])
 
     def export(self, folder: Path) -> list[str]:
-        """Write the finished weights into the run folder; all ranks call it, rank 0 writes."""
+        """Write the finished weights into the run folder; all ranks call it, rank 0 writes.
+
+        Errors: UserError when they cannot be written.
+        """
         weights = {name.removeprefix("model."): w for name, w in self.engine.master_weights().items()}
         if self.rank != 0:
             return []
         options: TrainOptions = self.job.torch_options
-        return [
-            str(path) for path in self.stage.write_weights(folder, self.network, weights, self.job.tokenizer, options)
-        ]
+        with writing_results(folder, self.job.options):
+            written = self.stage.write_weights(folder, self.network, weights, self.job.tokenizer, options)
+        return [str(path) for path in written]
 
 
 def _store(pieces: list[torch.Tensor]) -> ray.ObjectRef:

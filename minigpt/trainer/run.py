@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,9 +65,7 @@ class Run:
     @property
     def same_command(self) -> str:
         """What a person enters again to go on."""
-        if self.options.overwrite:
-            return "the same command without --overwrite"
-        return f"the same command{' without --resume never' * (self.options.resume == 'never')}"
+        return same_command(self.options)
 
     def finished_summary(self) -> dict[str, Any] | None:
         """The summary of a run that is done, after saying so; None when there is something to train."""
@@ -249,16 +249,30 @@ class Run:
         }
         if not self.first:
             return summary
-        try:
+        with writing_results(self.folder, options):
             written = stage.write_weights(self.folder, network, weights, data.folder, options)
             write_text(self.folder / SUMMARY, json.dumps(summary, indent=2, default=str) + "\n")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise UserError(
-                f"the weights could not be written to {self.folder} ({str(error).splitlines()[0]}); the last "
-                f"checkpoint is whole: free some space and run {self.same_command} again"
-            ) from error
         self.say(f"{stage.name}: final loss: {results['loss']:.4f}  →  {'  and  '.join(map(str, written))}")
         return summary
+
+
+def same_command(options: Any) -> str:
+    """What a person enters again to go on with a run of these options, of whichever stage."""
+    if options.overwrite:
+        return "the same command without --overwrite"
+    return f"the same command{' without --resume never' * (options.resume == 'never')}"
+
+
+@contextmanager
+def writing_results(folder: Path, options: Any) -> Iterator[None]:
+    """Errors: UserError when what a finished run leaves in its folder cannot be written, as on a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise UserError(
+            f"the weights could not be written to {folder} ({str(error).splitlines()[0]}); the last checkpoint is "
+            f"whole: free some space and run {same_command(options)} again"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -630,6 +630,45 @@ def test_a_packed_folder_for_evaluation_gives_its_held_out_split(world, tmp_path
         _prompts(RLStage("grpo"), trained, world / "sft")
 
 
+def raw_prompts(path: Path, numbers: range) -> Path:
+    records = [{"messages": [{"role": "user", "content": f"{n} + {n}?"}], "answer": str(2 * n)} for n in numbers]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_prompts_for_evaluation_that_are_trained_on_too_are_counted(world, tmp_path, capsys):
+    """Also of raw files, and in whatever files they lie."""
+    data = raw_prompts(tmp_path / "data.jsonl", range(10))
+    for name, numbers in (("same", range(10)), ("some", range(7, 15))):
+        exam = raw_prompts(tmp_path / f"{name}.jsonl", numbers)
+        options = make_job(world / "sft", data=[data], eval_data=[exam]).options
+        source, _ = _prompts(RLStage("grpo"), replace(options, save_dir=tmp_path / name), world / "sft")
+        trained = {source.train.row(row).messages[-1]["content"] for row in range(len(source.train))}
+        common = sum(f"{n} + {n}?" in trained for n in numbers)
+        assert common > 1
+        said = f"--eval_data: {common} of its {len(numbers)} prompts are trained on too, so not held out"
+        assert said in capsys.readouterr().out
+    exam = raw_prompts(tmp_path / "other.jsonl", range(10, 15))
+    other = make_job(world / "sft", data=[data], eval_data=[exam]).options
+    _prompts(RLStage("grpo"), replace(other, save_dir=tmp_path / "other"), world / "sft")
+    assert "trained on" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("anew", [{"overwrite": True}, {"resume": "never"}], ids=str)
+def test_raw_files_that_changed_are_packed_again_for_a_run_that_starts_anew(world, tmp_path, anew):
+    """One that goes on with its checkpoints is refused instead."""
+    run, data = tmp_path / "grpo", tmp_path / "data.jsonl"
+    options = replace(make_job(world / "sft", data=[raw_prompts(data, range(10))]).options, save_dir=run)
+    _prompts(RLStage("grpo"), options, world / "sft")
+    (run / "checkpoints" / "step_00000001").mkdir(parents=True)
+    raw_prompts(data, range(12))
+    with pytest.raises(UserError, match="was packed from other files or options than those given now"):
+        _prompts(RLStage("grpo"), options, world / "sft")
+    source, _ = _prompts(RLStage("grpo"), replace(options, **anew), world / "sft")
+    assert source.valid is not None
+    assert len(source.train) + len(source.valid) == 12
+
+
 def test_a_reward_model_of_another_tokenizer_is_refused(world, tmp_path):
     """It would read the policy's ids as other words."""
     _check_judges(make_job(world / "sft", reward_model=world / "sft").options, world / "sft")

@@ -2,6 +2,7 @@
 whole, once resumed, and once with two ranks of policy and critic."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -116,6 +117,23 @@ def test_a_run_killed_before_its_export_has_the_results_of_its_last_step(whole, 
     last = metrics_of(whole)[-1]
     for name in ("loss", "reward", "tokens_per_second"):
         assert ours[name] == theirs[name] == last[name] != 0
+
+
+@pytest.mark.parametrize("where", ["hf", "summary.json"])
+def test_results_that_cannot_be_written_are_one_sentence_and_the_same_command_writes_them(
+    whole, world, tmp_path, capsys, where
+):
+    """As on a full disk; here a file stands where a folder must be, or the reverse."""
+    run = interrupted(whole, tmp_path / "ppo", STEPS)
+    obstacle = run / (where if where == "hf" else f".{where}.{os.getpid()}.tmp")
+    obstacle.touch() if where == "hf" else obstacle.mkdir()
+    assert train(world, run, *ADAPTIVE) == 1
+    (sentence,) = capsys.readouterr().err.strip().splitlines()
+    assert sentence.startswith(f"error: the weights could not be written to {run} (")
+    assert sentence.endswith("the last checkpoint is whole: free some space and run the same command again")
+    assert not (run / "summary.json").exists()
+    obstacle.unlink() if where == "hf" else obstacle.rmdir()
+    assert train(world, run, *ADAPTIVE) == 0
 
 
 def trained_again(model: Path, copy: Path) -> Path:
