@@ -117,7 +117,8 @@ class ResponseFormat(Lenient):
 
 
 class TemplateArguments(Lenient):
-    """`enable_thinking`: true opens the thinking part, false closes it, null leaves it to the model."""
+    """`enable_thinking`: true opens the thinking part, false closes it, null leaves it to the model; left out, it is as
+    the server was started."""
 
     enable_thinking: bool | None = None
 
@@ -237,4 +238,5 @@ def _as_api_error(error: ValidationError) -> ApiError:
         return ApiError("the body is not a JSON object", code="invalid_json")
     if first["type"] == "missing":
         return ApiError(f"{path} is missing", param=path)
-    return ApiError(f"{path}: {message[:1].lower()}{message[1:]}", param=path)
+    code = "array_above_max_length" if first["type"] == "too_long" else None
+    return ApiError(f"{path}: {message[:1].lower()}{message[1:]}", param=path, code=code)

@@ -17,7 +17,8 @@ const SLIDERS = [
 const SWITCH = { auto: null, on: true, off: false };
 
 const state = {
-  conversations: [], // {id, title, messages: [{role, content, reasoning, stats, error}]}, newest first
+  conversations: [], // {id, title, messages: [{role, content, reasoning, stats, error}], first}, newest first;
+  // `first` is the oldest message that is still sent; an empty `reasoning` is thinking that was switched off
   current: null,
   settings: {}, // what differs from the server's defaults
   language: navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en",
@@ -187,15 +188,16 @@ function fill(node, message, index) {
     busy && !message.content ? words().thinking : message.thinkSeconds ? words().thought(message.thinkSeconds) : words().thoughtShort;
   text.replaceChildren(render(message.content));
   actions.replaceChildren();
+  const last = index === conversation().messages.length - 1; // to answer again would delete what follows
   if (message.error) {
     const box = element("div", "error", message.error);
     box.setAttribute("role", "alert");
-    box.append(button(words().retry, () => regenerate(index)));
+    if (last) box.append(button(words().retry, () => regenerate(index)));
     text.append(box);
   } else if (!busy) {
     if (!message.content && !message.reasoning) text.append(element("p", "small", words().empty));
     actions.append(button(words().copy, (e) => copy(e.target, message.content)));
-    if (index === conversation().messages.length - 1) actions.append(button(words().regenerate, () => regenerate(index), "regenerate"));
+    if (last) actions.append(button(words().regenerate, () => regenerate(index), "regenerate"));
   }
   const stats = message.stats;
   if (stats?.tokens) {
@@ -305,9 +307,11 @@ function edit(index) {
 
 // Asks for the answer to a conversation that ends with a message of the user, and shows it as it comes.
 async function answer(chat) {
-  const message = { role: "assistant", content: "", reasoning: "" };
+  const message = { role: "assistant", content: "" };
   const mine = { controller: new AbortController(), conversation: chat, message, node: null };
   const asked = chat.messages.slice();
+  if (!(chat.first < asked.length)) chat.first = 0; // new, or cut back by an edit
+  message.forgotten = chat.first > 0;
   chat.messages.push(message);
   running = mine;
   state.conversations = [chat, ...state.conversations.filter((c) => c.id !== chat.id)];
@@ -325,11 +329,11 @@ async function answer(chat) {
     }
   };
   try {
-    for await (const piece of pieces(asked, message, mine.controller.signal)) {
+    for await (const piece of pieces(chat, asked, message, mine.controller.signal)) {
       const now = performance.now();
       const choice = piece.choices?.[0], delta = choice?.delta ?? {};
       if (piece.error) throw new Error(piece.error.message);
-      if (delta.reasoning_content) message.reasoning += delta.reasoning_content;
+      if (delta.reasoning_content != null) message.reasoning = (message.reasoning ?? "") + delta.reasoning_content;
       if (delta.content) {
         if (message.reasoning && !message.content) message.thinkSeconds = Math.max(1, Math.round((now - started) / 1000));
         message.content += delta.content;
@@ -360,24 +364,24 @@ async function answer(chat) {
 }
 
 // The events of an answer. A conversation that leaves too little room in the context is asked again without its oldest
-// turns: an answer gets what it may be long, but not more than a quarter of the context.
-async function* pieces(asked, message, signal) {
+// turns, and so are its later questions: an answer gets what it may be long, but not more than a quarter of the context.
+async function* pieces(chat, asked, message, signal) {
+  if (!model) await connect();
   const system = setting("system") ? [{ role: "system", content: setting("system") }] : [];
-  let turns = asked.filter((m) => !m.error).map(({ role, content, reasoning }) => (
-    reasoning ? { role, content, reasoning_content: reasoning } : { role, content }));
   for (;;) {
+    const turns = asked.slice(chat.first).filter((m) => !m.error);
     const body = {
-      messages: [...system, ...turns],
+      messages: [...system, ...turns.map(({ role, content, reasoning }) => ({ role, content, reasoning_content: reasoning }))],
       stream: true,
       stream_options: { include_usage: true, continuous_usage_stats: true },
       chat_template_kwargs: { enable_thinking: SWITCH[setting("think")] },
     };
     for (const [name] of SLIDERS) body[name] = setting(name);
     const response = await fetch("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
-    const next = turns.findIndex((m, i) => i > 0 && m.role === "user");
-    const context = model?.max_model_len ?? 0, wanted = Math.min(body.max_tokens, context / 4);
+    const next = asked.findIndex((m, i) => i > chat.first && m.role === "user");
+    const context = model?.max_model_len ?? Infinity, wanted = Math.min(body.max_tokens, context / 4);
     const error = response.ok ? null : (await response.json().catch(() => null))?.error;
-    let tight = error?.code === "context_length_exceeded";
+    let tight = response.status === 413 || ["context_length_exceeded", "array_above_max_length"].includes(error?.code);
     if (response.ok) {
       for await (const piece of events(response.body)) {
         tight = next > 0 && context - (piece.usage?.prompt_tokens ?? 0) < wanted;
@@ -387,7 +391,7 @@ async function* pieces(asked, message, signal) {
       if (!tight) return;
     }
     if (tight && next > 0) {
-      turns = turns.slice(next);
+      chat.first = next;
       message.forgotten = true;
       continue;
     }
