@@ -122,6 +122,11 @@ class Choice:
         log_probs, self._parts, self._log_probs = self._log_probs, [], []
         return parts, log_probs
 
+    def has_thinking(self) -> bool:
+        """Whether there is a thinking part so far. An empty one is told as well: its tags stand in the prompt, and the
+        next one begins with the same tokens only if who sends the answer back says so."""
+        return isinstance(self.stream, AnswerStream) and "reasoning_content" in self.stream.message()
+
     def failed_calls(self) -> str:
         """Visible text of tool calls that are no JSON, to be shown as the text that it is."""
         return "" if self.tool_calls() else self._calls
@@ -195,9 +200,12 @@ class Envelope:
             record["usage"] = usage
         return event(record)
 
-    def greeting(self, index: int) -> list[dict[str, Any]]:
+    def greeting(self, index: int, choice: Choice) -> list[dict[str, Any]]:
         """What a streamed chat answer begins with."""
-        return [_chunk(index, {"role": "assistant", "content": ""})] if self._chat else []
+        if not self._chat:
+            return []
+        thinking = {"reasoning_content": ""} if choice.has_thinking() else {}
+        return [_chunk(index, {"role": "assistant", "content": "", **thinking})]
 
     def pieces(self, index: int, choice: Choice) -> list[dict[str, Any]]:
         """The new text of a streamed choice, one object for each kind of text in it."""
@@ -237,7 +245,7 @@ class Envelope:
         thinking = "".join(part.text for part in parts if part.kind == THINKING)
         content = "".join(part.text for part in parts if part.kind == ANSWER)
         message: dict[str, Any] = {"role": "assistant", "content": content}
-        if thinking:
+        if thinking or choice.has_thinking():
             message["reasoning_content"] = thinking
         reason = choice.finish_reason
         if calls := choice.tool_calls():

@@ -35,7 +35,7 @@ from minigpt.serve.schemas import (
     SamplingRequest,
     parse,
 )
-from minigpt.serve.worker import EngineWorker, Job
+from minigpt.serve.worker import KEEP_ALIVE_SECONDS, EngineWorker, Job
 
 if TYPE_CHECKING:
     from minigpt.dataset.chat import ChatEncoder
@@ -198,8 +198,9 @@ class _ChatAnswer:
         self.n, self.log_probs, self.top_log_probs = request.n or 1, bool(request.logprobs), request.top_logprobs or 0
         self.prompts, self.param = 1, "messages"
         arguments = request.chat_template_kwargs
-        switch = arguments.enable_thinking if arguments is not None else None
-        self.enable_thinking = switch if switch is not None else served.options.enable_thinking()
+        self.enable_thinking = served.options.enable_thinking()
+        if arguments is not None and "enable_thinking" in arguments.model_fields_set:
+            self.enable_thinking = arguments.enable_thinking  # null too is a wish: as the model likes
         self.envelope = Envelope(served.encoder, served.name, chat=True)
         self.decode = visible_decode(served.encoder)
 
@@ -312,10 +313,10 @@ class _Run:
         """The answer as server-sent events; the last is `[DONE]`."""
         envelope, options = self.asked.envelope, self.asked.request.stream_options
         running = bool(options and options.continuous_usage_stats)
-        for index in range(len(self.choices)):
-            if greeting := envelope.greeting(index):
+        for index, choice in enumerate(self.choices):
+            if greeting := envelope.greeting(index, choice):
                 yield envelope.event(greeting)
-        open_jobs, last = len(self.jobs), b""
+        open_jobs, last, sent = len(self.jobs), b"", time.perf_counter()
         try:
             async for changed, ended in self._progress():
                 make = envelope.ending if ended else envelope.pieces
@@ -324,8 +325,10 @@ class _Run:
                 open_jobs -= ended
                 if not open_jobs:
                     last = part
-                elif part or not changed:
+                # tokens may come for long without text to show: a tool call, or what may become a stop string
+                elif part or not changed or time.perf_counter() - sent >= KEEP_ALIVE_SECONDS:
                     yield part or b": still here\n\n"
+                    sent = time.perf_counter()
         except ApiError as error:  # the engine broke; the status line has been sent long ago
             last = event(_error(error.status, error.message))
         if options and options.include_usage:

@@ -162,11 +162,11 @@ class EngineWorker:
         """Makes the running event loop the one that jobs come from."""
         self._loop = asyncio.get_running_loop()
 
-    async def drain(self, seconds: float) -> None:
-        """Takes no new jobs, and gives those that are under way so long to end."""
+    async def drain(self, seconds: float, hurried: Callable[[], bool] = lambda: False) -> None:
+        """Takes no new jobs, and gives those that are under way so long to end, or until `hurried` is true."""
         self._ending = True
         until = time.perf_counter() + seconds
-        while self._live and time.perf_counter() < until:
+        while self._live and time.perf_counter() < until and not hurried():
             await asyncio.sleep(0.05)
         for job in list(self._live):
             self.cancel(job)

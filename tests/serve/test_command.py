@@ -9,10 +9,13 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlparse
 
 import openai
+import psutil
 import pytest
-from scripted_server import CONTEXT, SHIPPED, scripted_model, start_server, stop_server
+from scripted_server import CONTEXT, SHIPPED, scripted_model, start_server, stop_server, wait_until
 
 import minigpt
 from minigpt.dataset.chat import ChatEncoder
@@ -20,6 +23,7 @@ from minigpt.errors import UserError
 from minigpt.generation.engine import cache_bytes, generate
 from minigpt.generation.load import load_for_inference
 from minigpt.generation.sampling import SamplingParams
+from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 from minigpt.serve.app import Served, make_app
 from minigpt.serve.command import (
     ServeOptions,
@@ -87,6 +91,25 @@ def test_conversations_are_as_long_as_all_slots_can_hold_at_once(script, capsys)
         choose_length(model, shorter, 8 * 800 * token)
 
 
+def test_the_length_fits_beside_what_the_engine_itself_takes(monkeypatch, capsys):
+    """On a machine with 256 MB left, of which this process takes more by and by."""
+    config = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MiniGPT(MiniGPTConfig(vocab_size=1 << 16, max_position_embeddings=1 << 15, **config)).eval()
+    process, left = psutil.Process(), 256e6
+    before = process.memory_info().rss
+
+    def memory() -> SimpleNamespace:
+        return SimpleNamespace(available=left - (process.memory_info().rss - before))
+
+    monkeypatch.setattr(psutil, "virtual_memory", memory)
+    engine = make_engine(model, ServeOptions(Path("unused"), slots=8))
+    assert f"8 slots of {engine.max_length} tokens" in capsys.readouterr().out
+    cache = cache_bytes(model, 8, engine.max_length)
+    assert 1.5 * cache + cache_bytes(model, 1, 8192) < memory().available, "the old half is there while it is copied"
+    assert cache > 0.2 * memory().available
+    assert len(engine.decoder.cos_T1D) >= engine.max_length
+
+
 def test_a_step_reads_so_much_of_prompts_as_the_others_can_wait_for(script):
     assert prefill_tokens(100_000_000, threads=2) == 125  # 2 * 1e8 * 125 FLOP at 1e11 a second
     assert prefill_tokens(100_000_000, threads=8) == 500
@@ -97,8 +120,10 @@ def test_a_step_reads_so_much_of_prompts_as_the_others_can_wait_for(script):
     assert make_engine(model, ServeOptions(Path("unused"), prefill_chunk=48)).prefill_chunk == 48
 
 
-def test_a_server_with_a_shorter_max_length_refuses_what_is_longer(scripted_run, tmp_path):
-    running = start_server(tmp_path, scripted_run, "--max_length", "64", "--prefill_chunk", "4")
+def test_a_server_with_a_shorter_max_length_refuses_what_is_longer_and_one_without_thinking_can_be_asked_for_it(
+    scripted_run, tmp_path
+):
+    running = start_server(tmp_path, scripted_run, "--max_length", "64", "--prefill_chunk", "4", "--think", "off")
     try:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused", max_retries=0)
         answer = client.chat.completions.create(model=running.name, messages=QUESTION, temperature=0)
@@ -108,6 +133,12 @@ def test_a_server_with_a_shorter_max_length_refuses_what_is_longer(scripted_run,
             client.completions.create(model=running.name, prompt=" one" * 80)
         assert error.value.code == "context_length_exceeded"
         assert json.loads(running.get("/v1/models"))["data"][0]["max_model_len"] == 64
+        encoder = ChatEncoder(SHIPPED)
+        for arguments, switch in (({}, False), ({"enable_thinking": None}, None), ({"enable_thinking": True}, True)):
+            answer = client.chat.completions.create(
+                model=running.name, messages=QUESTION, max_tokens=1, extra_body={"chat_template_kwargs": arguments}
+            )
+            assert answer.usage.prompt_tokens == len(encoder.encode_prompt(QUESTION, enable_thinking=switch))
     finally:
         assert stop_server(running) == 0
 
@@ -231,13 +262,26 @@ def test_health_tells_that_the_engine_is_broken_and_nothing_is_taken_any_more(sc
     assert ask("POST", "/v1/completions", b'{"prompt": "a"}')[0] == 503
 
 
-def test_the_guides_web_demo_serves_the_page(scripted_run, tmp_path):
+def is_refused(url: str) -> bool:
+    """Whether nobody listens there any longer."""
+    with socket.socket() as caller:
+        return caller.connect_ex((urlparse(url).hostname, urlparse(url).port)) != 0
+
+
+def test_the_guides_web_demo_serves_the_page_and_ends_at_once_when_told_twice(scripted_run, tmp_path):
     program = ("scripts/web_demo.py",)
     server = start_server(tmp_path, scripted_run, "--slots", "2", program=program, cwd=Path(minigpt.__file__).parent)
     try:
         assert json.loads(server.get("/health")) == {"status": "ok", "model": scripted_run.name}
         assert "<!doctype html>" in server.get("/").lower()
         assert server.metric("minigpt_slots") == 2
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+            endless = {"model": server.name, "messages": QUESTION, "max_tokens": 30000, "temperature": 0}
+            next(client.chat.completions.create(**endless, stream=True))
+            server.process.send_signal(signal.SIGINT)
+            assert wait_until(lambda: is_refused(server.url), tries=100)
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(timeout=5) == 0, "the answer would have had ten seconds"
     finally:
-        assert stop_server(server) == 0
+        server.process.kill()
     assert server.log.read_text() == ""

@@ -60,18 +60,25 @@ def test_long_streams_arrive_in_many_pieces_and_end_at_the_limit(client, server,
     assert events[-1].choices[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("thinking", [True, False])
-def test_thinking_is_switched_by_the_template(thinking, client, server, script):
+def test_thinking_is_switched_by_the_template_and_an_answer_sent_back_is_what_was_read_and_written(
+    thinking, stream, client, server, script
+):
+    asked = {"model": server.name, "messages": QUESTION, "logit_bias": script.to_the_end, "stream": stream}
     arguments = {"chat_template_kwargs": {"enable_thinking": thinking}}
-    message = (
-        client.chat.completions.create(
-            model=server.name, messages=QUESTION, logit_bias=script.to_the_end, extra_body=arguments
-        )
-        .choices[0]
-        .message
-    )
-    assert message.content == " one two"
-    assert getattr(message, "reasoning_content", None) == ("思考" if thinking else None)
+    answer = client.chat.completions.create(**asked, extra_body=arguments)
+    parts = [event.choices[0].delta for event in answer] if stream else [answer.choices[0].message]
+    content = "".join(part.content or "" for part in parts)
+    reasoning = "".join(part.reasoning_content for part in parts if hasattr(part, "reasoning_content"))
+    assert content == " one two"
+    assert reasoning == ("思考" if thinking else "")
+    assert hasattr(parts[0], "reasoning_content")
+    written = [*ENCODER.encode_text("思考"), ENCODER.token_id("</think>")] if thinking else []
+    written += [ENCODER.token_id("<answer>"), script.one, script.two, script.end_answer, ENCODER.im_end_id]
+    known = ENCODER.encode_prompt(QUESTION, enable_thinking=thinking) + written
+    said = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+    assert ENCODER.encode_prompt([*QUESTION, said, *QUESTION])[: len(known)] == known
 
 
 def test_stop_strings_end_the_text_before_themselves_also_across_tokens(client, server, script):

@@ -122,7 +122,8 @@ def test_a_broken_engine_is_told_to_those_that_ran_and_to_those_that_waited_to_b
     assert worker.in_flight == 0
 
 
-def test_an_answer_that_a_server_cannot_finish_is_no_answer(stuck):
+@pytest.mark.parametrize(("seconds", "hurried"), [(0.1, False), (1e6, True)])
+def test_an_answer_that_a_server_cannot_finish_or_is_not_to_wait_for_is_no_answer(seconds, hurried, stuck):
     engine, worker, start, outcome = stuck
 
     async def run() -> ApiError:
@@ -131,7 +132,7 @@ def test_an_answer_that_a_server_cannot_finish_is_no_answer(stuck):
         worker.reserve(1)
         asked = asyncio.create_task(outcome(Job([1], SamplingParams())))
         await asyncio.to_thread(engine.steps.wait, 30)
-        await worker.drain(0.1)
+        await asyncio.wait_for(worker.drain(seconds, lambda: hurried), 30)
         return await asyncio.wait_for(asked, 30)
 
     error = asyncio.run(run())
