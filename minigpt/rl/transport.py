@@ -8,7 +8,10 @@ could not be broadcast goes through the object store (`delivery.py`).
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -57,10 +60,12 @@ class WeightGroup:
         self._group: Any  # the object itself, which no table of torch.distributed knows
         if backend == "nccl":
             options = torch.distributed.ProcessGroupNCCL.Options()
-            options._timeout = 10 * limit  # NCCL's own watchdog would end the process: we give up before it does
-            self._group = torch.distributed.ProcessGroupNCCL(store, rank, size, options)
+            options._timeout = limit
+            with _no_watchdog():
+                self._group = torch.distributed.ProcessGroupNCCL(store, rank, size, options)
         else:
             self._group = torch.distributed.ProcessGroupGloo(store, rank, size, limit)
+        self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))  # NCCL connects its members only now
 
     def broadcast(self, data: torch.Tensor) -> None:
         """Rank 0's bytes into everybody's `data` (uint8, on `device`), complete when this returns.
@@ -76,12 +81,27 @@ class WeightGroup:
     def _broadcast(self, data: torch.Tensor) -> None:
         deadline = time.monotonic() + self.limit_s
         work = self._group.broadcast([data], torch.distributed.BroadcastOptions())
-        work.wait()  # gloo: until it is done; NCCL: until it is queued
         while not work.is_completed():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no answer from the others within {self.limit_s:g} s")
             time.sleep(POLL_S)
+        work.wait(timedelta(seconds=self.limit_s))  # what failed counts as completed too: this raises its error
 
     def close(self) -> None:
         """Leave, also in the middle of a broadcast."""
         self._group.abort()
+
+
+@contextmanager
+def _no_watchdog() -> Iterator[None]:
+    """A group that is made meanwhile has no thread that ends the process when a broadcast fails: waiting raises."""
+    name = "TORCH_NCCL_BLOCKING_WAIT"  # read when a group is made, by it alone
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -183,14 +183,21 @@ class Worker:
             backend, address, rank, size: See `WeightGroup`.
             plan: What will come in each bucket, for who receives.
         """
-        if self._transport is not None:
-            self._transport.close()
-        self._transport, self._plan = None, plan
+        self._leave_transport()
+        self._plan = plan
         try:
             self._transport = WeightGroup(backend, address, rank, size)
-        except RuntimeError as error:
+            largest = max(map(data_bytes, plan), default=0)
+            self._received = torch.empty(largest, dtype=torch.uint8, device=self._transport.device)
+        except RuntimeError as error:  # among them: no memory left
+            self._leave_transport()
             return _first_line(error)
         return None
+
+    def _leave_transport(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        self._transport = None
 
     def _configure(self, processes: Processes) -> None:
         options = self.job.torch_options
@@ -795,25 +802,26 @@ class RolloutWorker(Worker):
         """Take the weights of a version that is broadcast, bucket by bucket; what went wrong, if anything did."""
         assert self._transport is not None, "the controller lets nobody receive who has not joined"
         self.version = -1  # until all of them are there
+        try:
+            self._receive_into_parameters(self._transport)
+        except RuntimeError as error:  # among them: no memory left
+            self._leave_transport()
+            return _first_line(error)
+        self.version = version
+        return None
+
+    def _receive_into_parameters(self, transport: WeightGroup) -> None:
         missing = self._expected()
         for parameter in missing.values():
             if not parameter.untyped_storage().resizable():  # of the object store, where nothing may be written
                 parameter.data = torch.empty_like(parameter)
-        sizes = [data_bytes(entries) for entries in self._plan]
-        memory = torch.empty(max(sizes), dtype=torch.uint8, device=self._transport.device)
-        for entries, size in zip(self._plan, sizes, strict=True):
-            data = memory[:size]
-            try:
-                self._transport.broadcast(data)
-            except RuntimeError as error:
-                self._transport = None
-                return _first_line(error)
+        for entries in self._plan:
+            data = self._received[: data_bytes(entries)]
+            transport.broadcast(data)
             for name, tensor in tensors_in(entries, split(entries, data)):
                 missing.pop(name).copy_(tensor)
         assert not missing, f"nobody sent {list(missing)}"
         self.engine.refresh()
-        self.version = version
-        return None
 
     @timed
     def generate(self, request: PromptRequest) -> RolloutBatch:

@@ -409,6 +409,22 @@ def test_large_weights_are_read_where_the_store_has_them_whatever_slices_they_we
         assert (found["3"].data_ptr() == bucket[3][0].ctypes.data) == shared
 
 
+def test_who_cannot_receive_says_why_and_leaves_the_group(run):
+    """No room for what will come, and buckets that do not fit the weights: each is a sentence, the store remains."""
+    policy = make_policy(make_job(run))
+    worker = RolloutWorker(0, 1, 1, policy.job)
+    worker.setup()
+    plan = bucket_plan(policy.network)
+    endless = Entry("lm_head.weight", (1 << 60,), torch.uint8)
+    assert "memory" in worker.join_transport("gloo", own_address(), 0, 1, [[endless]])
+    assert worker._transport is None
+    other = [[entry._replace(shape=(entry.shape[0] + 1, *entry.shape[1:])) for entry in entries] for entries in plan]
+    assert worker.join_transport("gloo", own_address(), 0, 1, other) is None
+    assert "size of tensor" in worker.receive(1).value
+    assert (worker.version, worker._transport) == (-1, None)
+    assert worker.load(policy.publish(2).value).value == 2
+
+
 def test_a_sampler_answers_from_the_stores_memory_and_never_writes_into_it(run):
     """A broadcast after that goes into memory of its own; here of a group that consists of the sampler alone."""
     policy = make_policy(make_job(run))

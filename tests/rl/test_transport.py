@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
-from minigpt.rl.transport import WeightGroup, choose_transport
+from minigpt.rl.transport import WeightGroup, _no_watchdog, choose_transport
 
 LIMIT_S = 4.0
 MEMBER = """
@@ -31,6 +32,42 @@ def test_auto_broadcasts_only_between_gpus_that_are_all_different():
     assert [choose_transport("auto", devices) for devices in (apart, shared, mixed, cpus)] == ["nccl", None, None, None]
     assert [choose_transport("broadcast", d) for d in (apart, shared, mixed, cpus)] == ["nccl", "gloo", "gloo", "gloo"]
     assert {choose_transport("store", devices) for devices in (apart, shared, mixed, cpus)} == {None}
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_nccl_is_told_to_leave_the_process_alone_while_the_group_is_made_and_no_longer(before, monkeypatch):
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    with _no_watchdog():
+        assert os.environ[name] == "1"
+    assert os.environ.get(name) == before
+
+
+def test_a_broadcast_that_failed_is_no_success():
+    """NCCL says of one that failed that it is completed; waiting for it raises."""
+
+    class Failing:
+        aborted = False
+
+        def broadcast(self, *_):
+            return self
+
+        def is_completed(self):
+            return True
+
+        def wait(self, timeout: timedelta):
+            raise RuntimeError("remote process exited")
+
+        def abort(self):
+            self.aborted = True
+
+    group = object.__new__(WeightGroup)
+    group.limit_s, group._group = LIMIT_S, Failing()
+    with pytest.raises(RuntimeError, match="remote process exited"):
+        group.broadcast(torch.zeros(1))
+    assert group._group.aborted
 
 
 @pytest.mark.slow
