@@ -10,6 +10,7 @@ Every method that computes returns the seconds that it computed for, so that the
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 
 from minigpt.errors import UserError
 from minigpt.generation.engine import Engine as GenerationEngine
+from minigpt.generation.engine import cache_bytes
 from minigpt.model.attention import choose_backend
 from minigpt.model.model_critic import RewardModel, ValueModel
 from minigpt.model.model_lora import adapters_off
@@ -65,6 +67,7 @@ from .transport import Backend, WeightGroup
 P = ParamSpec("P")
 T = TypeVar("T")
 CPU_TOKENS, GPU_TOKENS = 2048, 32768  # of a forward pass, unless the options say otherwise
+CACHE_SHARE = 0.5  # of a GPU's free memory: while a sampler's cache grows, the old one is there as well
 
 
 @dataclass
@@ -755,11 +758,38 @@ class RolloutWorker(Worker):
         self.asleep = False
         self.engine = GenerationEngine(
             self.network,
-            slots=min(o.rollout_slots, max(o.answers_per_step, o.eval_prompts)),
+            slots=self._slots(),
             max_length=self.job.longest,
             batch_invariant=o.batch_invariant,
             prefix_cache_tokens=0,
         )
+
+    def _slots(self) -> int:
+        """Answers that are worked on together: as many as wanted, or as have room in the GPU's memory.
+
+        Errors: UserError when not even one has.
+        """
+        o, longest = self.job.options, self.job.longest
+        wanted = min(o.rollout_slots, max(o.answers_per_step, o.eval_prompts))
+        free = free_memory(self.device)
+        if free is None:
+            return wanted
+        free -= sum(p.numel() * p.element_size() for p in self.network.parameters())  # the engine's copy of the weights
+        one = cache_bytes(self.network, 1, longest)
+        fitting = int(CACHE_SHARE * free / one)
+        if fitting < 1:
+            raise UserError(
+                f"the cache of one answer of {longest} tokens takes {one / 1e9:.1f} GB and the GPU has only "
+                f"{free / 1e9:.1f} GB left: take shorter prompts and answers, or fewer roles on a GPU"
+            )
+        if fitting < wanted:
+            print(
+                f"the GPU has room for {fitting} answers of {longest} tokens at a time, not for {wanted}; they take "
+                "turns (--rollout_slots)",
+                file=sys.stderr,
+                flush=True,
+            )
+        return min(wanted, fitting)
 
     def sleep(self) -> None:
         """Leave the device to others until `wake`: no cache, no weights in the order of the kernels."""
@@ -862,6 +892,11 @@ class RolloutWorker(Worker):
             versions=np.full(sum(len(a.ids) for a in answers), self.version, dtype=np.int32),
         )
         return batch
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that nobody holds on a GPU; None for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _first_line(error: Exception) -> str:

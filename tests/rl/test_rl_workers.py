@@ -26,7 +26,9 @@ from tiny_rl import (
     write_run,
 )
 
+from minigpt.errors import UserError
 from minigpt.generation.engine import Engine as GenerationEngine
+from minigpt.generation.engine import cache_bytes
 from minigpt.model.model_critic import RewardModel, ValueModel
 from minigpt.rl import cluster
 from minigpt.rl.algorithms import group_advantages
@@ -383,6 +385,23 @@ def test_a_rollout_worker_holds_what_was_published_last_and_answers_for_no_other
         policy.update(with_columns(batch, advantages=advantages_of(batch)), 1e-2, 0.0)
     with pytest.raises(RuntimeError, match="weights 0 are wanted, these are 1"):
         worker.generate(make_request(version=0))
+
+
+def test_a_sampler_takes_no_more_slots_than_its_gpu_has_room_for(run, monkeypatch, capsys):
+    """Room for the engine's copy of the weights and for the caches of 3 answers, twice since they grow."""
+    worker = RolloutWorker(0, 1, 1, make_job(run))
+    worker.setup()
+    weights = sum(p.numel() * p.element_size() for p in worker.network.parameters())
+    one = cache_bytes(worker.network, 1, worker.job.longest)
+    wanted = worker.engine.slots
+    for free, slots in ((weights + 7 * one, 3), (weights + 2 * wanted * one, wanted)):
+        monkeypatch.setattr("minigpt.rl.workers.free_memory", lambda device, free=free: free)
+        worker.setup()
+        assert worker.engine.slots == slots
+        assert capsys.readouterr().err.count("room for 3 answers") == (slots == 3)
+    monkeypatch.setattr("minigpt.rl.workers.free_memory", lambda device: weights + one)
+    with pytest.raises(UserError, match="shorter prompts"):
+        worker.setup()
 
 
 def test_a_version_that_is_there_already_is_not_loaded_again(run):
