@@ -96,6 +96,7 @@ class StaticDecoder:
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
         self._places: tuple[int, ...] = ()
         self._pool: Any = None
+        self._stream: Any = None
         self.refused: str | None = None if self._device.type == "cuda" else "there is no GPU"
 
     @property
@@ -144,7 +145,9 @@ class StaticDecoder:
         try:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()  # steps follow each other: they share working memory
-            stream, graph = torch.cuda.Stream(self._device), torch.cuda.CUDAGraph()
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self._device)  # one for all: memory is given again on its stream only
+            stream, graph = self._stream, torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
                 for _ in range(WARMUP_STEPS):

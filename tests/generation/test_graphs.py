@@ -239,6 +239,21 @@ def test_replayed_steps_equal_steps_computed_one_operator_at_a_time(make_model, 
 
 
 @pytest.mark.gpu
+def test_recordings_share_their_working_memory(make_model):
+    """The largest comes first; each of its own stream would get 32 MiB for cuBLAS alone on Hopper."""
+    model = make_model().to("cuda", torch.bfloat16)
+    static = StaticDecoder(Decoder(model, 400, 8), 8)
+    cache = KVCache(model.config, 8, 256, torch.bfloat16, "cuda")
+    with torch.inference_mode():
+        static.decode(random_ids(8), [200] * 8, cache)
+        before = torch.cuda.memory_reserved()
+        for rows in (4, 2, 1):
+            static.decode(random_ids(rows), [200] * rows, cache)
+    assert len(static.recorded) == 4
+    assert torch.cuda.memory_reserved() - before < 8 << 20
+
+
+@pytest.mark.gpu
 def test_an_engine_with_graphs_follows_new_weights_and_a_growing_cache(make_model):
     model = make_model().cuda()
     engine = Engine(model, slots=4)
