@@ -117,7 +117,8 @@ def learn(run: Path, folder: Path, batches: list[RolloutBatch], ranks: int, stag
     try:
         loading = samplers.all("setup")
         address = group.wait([group.one(0, "address")], "find a port")[0] if ranks > 1 else None
-        group.wait(group.all("setup", address), "load")
+        facts = group.wait(group.all("setup", address), "load")[0]
+        assert facts["parameters"] >= load_masters(run).num_parameters(), "also where they are spread over the ranks"
         log_probs = group.wait(group.all("log_probs", batches[0]), "judge")[0].value
         metrics = [group.wait(group.all("update", batch, 1e-3, 0.1), "learn")[0].value for batch in batches]
         published = group.wait(group.all("publish", 1), "publish")[0].value
