@@ -149,7 +149,7 @@ def _loss(x_NE, weight_VE, labels_N, weights_N, needs_x: bool, needs_weight: boo
         x = torch.where((w != 0)[:, None], x, 0.0)
         grads = -w if needs_x or needs_weight else None
         log_probs, _, _, grad_logits = _softmax_stats(x @ weight_VE.T, label, 1.0, False, grads)
-        loss -= (w * log_probs).sum()
+        loss = loss - (w * log_probs).sum()  # not in place: torch 2.11 would compile that to gradients of 0
         gradients.add(x, grad_logits)
     return loss, *gradients.results()
 
