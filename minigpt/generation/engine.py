@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 CACHE_BUCKET = 128  # the cache holds this many tokens a slot, times a power of two
 PREFIX_BLOCK = 32  # tokens that the prefix cache keeps or forgets together
 INVARIANT_CHUNK = 128  # the same, and what is read of a prompt at a time, where results may depend on nothing else
+SHORT_PROMPT = 128  # so many tokens of a prompt are read by the compiled step, more by torch, whose attention scales
 PREFILL_CHUNK = 2048  # prompt tokens that are read between two decode steps
 UNIFORMS_BLOCK = 64  # random numbers are made for so many tokens of a sequence at once
 END_IDS = (2, 0)  # <|im_end|> and <|endoftext|> of MiniGPT's own tokenizer
@@ -432,14 +433,17 @@ class Engine:
         if not self._used:
             return []
         decoding = [sequence is not None and sequence.decoding for sequence in self._rows[: self._used]]
-        read = self._read_prompts()
+        unread = [(row, s) for row, s in enumerate(self._rows) if s is not None and not s.decoding]
+        self._reserve()
+        ends, short = self._read_prompts(unread)
         if self._native is not None:
-            logits_BV = self._decode_natively(self._native, decoding)
+            logits_BV = self._decode_natively(self._native, decoding, short)
+            ends |= {row: logits_BV[row] for row in short}
         elif any(decoding):
             logits_BV = self._decode(decoding)
         else:
             logits_BV = torch.zeros(self._used, self.model.config.vocab_size, device=self.device)
-        for row, logits_V in read:
+        for row, logits_V in self._share(unread, ends):
             logits_BV[row], decoding[row] = logits_V, True
         return self._sample(logits_BV, decoding) if any(decoding) else []
 
@@ -510,14 +514,12 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
-    def _read_prompts(self) -> list[tuple[int, torch.Tensor]]:
-        """Reads prompts into the cache; returns row and logits [V] of those that are read to their end."""
-        self._reserve()
-        unread = [(row, s) for row, s in enumerate(self._rows) if s is not None and not s.decoding]
-        if not unread:
-            return []
+    def _read_prompts(self, unread: list[tuple[int, _Sequence]]) -> tuple[dict[int, torch.Tensor], list[int]]:
+        """Reads prompts into the cache; the logits [V] behind those that are read to their end, by row, and the rows of
+        short ones, which the compiled step takes along."""
         budget = self.prefill_chunk
         ends: dict[int, torch.Tensor] = {}
+        short: list[int] = []
         whole: list[int] = []
         pieces: dict[int, int] = {}  # of these rows so many tokens
         leads: dict[Request, int] = {}  # the sample that reads the prompt, for the others of its request
@@ -538,7 +540,9 @@ class Engine:
                     ends |= self._read_pieces({row: min(left, INVARIANT_CHUNK)})
                     budget, left = budget - INVARIANT_CHUNK, left - INVARIANT_CHUNK
                 continue
-            if sequence.in_cache == 0 and left <= budget:
+            if self._native is not None and left <= min(budget, SHORT_PROMPT):
+                short.append(row)
+            elif sequence.in_cache == 0 and left <= budget:
                 whole.append(row)
             else:
                 pieces[row] = min(left, budget)
@@ -547,7 +551,7 @@ class Engine:
             ends |= self._read_whole(whole)
         if pieces:
             ends |= self._read_pieces(pieces)
-        return self._share(unread, {row: logits for row, logits in ends.items() if self._is_read(row)})
+        return {row: logits for row, logits in ends.items() if self._is_read(row)}, short
 
     def _is_read(self, row: int) -> bool:
         sequence = self._rows[row]
@@ -679,21 +683,30 @@ class Engine:
             attend = attend_together(self._cache, positions_B, max(positions) + 1)
         return self.decoder.logits(self.decoder.hidden(torch.tensor(ids, device=self.device), positions_B, attend))
 
-    def _decode_natively(self, native: NativeDecoder, decoding: list[bool]) -> torch.Tensor:
-        """The same in one call. Samples of a request read the prompt where the first of them has it, so that it comes
-        from memory once."""
-        tokens: list[tuple[int, int, int, int, int]] = []
+    def _decode_natively(self, native: NativeDecoder, decoding: list[bool], short: list[int]) -> torch.Tensor:
+        """The same in one call, which reads the rest of short prompts as well. Samples of a request read the prompt
+        where the first of them has it, so that it comes from memory once."""
+        last: list[tuple[int, ...]] = []
         lenders: dict[Request, int] = {}
         for row, sequence in enumerate(self._rows[: self._used]):
             if sequence is None or not decoding[row]:
                 continue
             shared = len(sequence.request.prompt_ids) if sequence.shares_prompt else 0
             lender = lenders.setdefault(sequence.request, row) if shared else row
-            tokens.append((sequence.ids[-1], row, sequence.in_cache, lender, shared))
+            last.append((sequence.ids[-1], row, sequence.in_cache, lender, shared, True))
             sequence.in_cache += 1
-        if tokens:
-            native.decode(tokens, self._cache)
-            self._counters.steps += 1
+        tokens = [np.array(last, dtype=np.int64).reshape(-1, 6)]
+        for row in short:
+            sequence = self._rows[row]
+            assert sequence is not None
+            start, sequence.in_cache = sequence.in_cache, len(sequence.ids)
+            piece = np.zeros((sequence.in_cache - start, 6), dtype=np.int64)
+            piece[:, 0], piece[:, 1], piece[:, 2] = sequence.ids[start:], row, np.arange(start, sequence.in_cache)
+            piece[:, 3], piece[-1, 5] = row, True
+            tokens.append(piece)
+        if last or short:
+            native.decode(np.concatenate(tokens), self._cache)
+            self._counters.steps += bool(last)
         return native.logits_BV[: self._used]
 
     def _attend_alone(self, positions: list[int]) -> Attend:

@@ -1,11 +1,12 @@
-// A decode step on a CPU in two calls: `decode` takes one token of each sequence to logits, `draw` samples from them.
+// A step of generation on a CPU in two calls: `decode` takes tokens to logits, `draw` samples from them.
 //
 // The formulas are those of model_minigpt.py and sampling.py; the tests compare this file with both. What it saves is
 // calling some 150 operators a step, each with an allocation and a start of the threads, and passes over memory between
 // them. It uses nothing of torch: native.py hands over addresses.
 //
-// What is computed for a row never depends on how many others there are, on their order, or on the number of threads:
-// every sum is taken by one thread in a fixed order. `#pragma omp for` ends with a barrier.
+// A row is a token: the last one of a sequence, or one of several that a prompt has there. What is computed for it never
+// depends on how many others there are, on their order, or on the number of threads: every sum is taken by one thread in
+// a fixed order. `#pragma omp for` ends with a barrier.
 //
 // Shapes: N rows, E hidden size, H query heads, G key/value heads, D head size, F intermediate size, V vocabulary.
 
@@ -14,6 +15,12 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "../model/vectors.h"
 
@@ -26,7 +33,7 @@ extern "C" {
 
 struct Layer {
     const float* input_norm;
-    const void* qkv;  // packed, as all products: [panels, width, COLUMNS] in T
+    const void* qkv;  // packed, as all products: [panels, width, COLUMNS] in T, for tiles [panels, width / 2, COLUMNS] pairs
     const float *qkv_bias, *q_norm, *k_norm;  // each may be null
     const void* out;
     const float* mlp_norm;
@@ -48,26 +55,83 @@ struct Cache {
     int64_t slots, length;
 };
 
-struct Row {  // a token, where it belongs, and the slot whose first `shared` positions hold the same as its own
-    int64_t id, slot, position, lender, shared;
+// A token, where it belongs, the slot whose first `shared` positions hold the same as its own, and whether its logits are
+// asked for.
+struct Row {
+    int64_t id, slot, position, lender, shared, heard;
 };
 }
 
 // W: the weights are packed in vectors of that length.
 extern "C" int vector_width() { return W; }
 
-// x W^T of all rows, panel by panel; use(panel, row, left, right) takes the sums of its 2 W columns.
-template <class T, class Use>
-static void product(const float* x, int64_t rows, int64_t width, const void* packed, int64_t panels, Use use) {
+// AMX: Intel's processors multiply tiles of 16 rows of 32 numbers in bfloat16 by tiles of 16 columns. The rows are rounded to
+// bfloat16 then, as torch does it, and a panel holds pairs: a word is weights k and k + 1 of a column.
+constexpr int TILE = 16, TILED_ROWS = 2 * TILE;
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+// Whether the system lends this process the tiles: Linux wants to be asked.
+extern "C" int has_tiles() {
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    static const bool lent = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return lent;
+}
+
+// A thread's tiles, for as long as this lives: eight of 16 rows of 64 bytes.
+struct Tiles {
+    Tiles() {
+        struct alignas(64) { uint8_t palette = 1, row = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } shape;
+        std::fill(shape.bytes, shape.bytes + 8, 4 * TILE), std::fill(shape.rows, shape.rows + 8, TILE);
+        asm volatile("" : : "r"(&shape) : "memory");  // GCC believes that only the first bytes are read
+        if (has_tiles()) _tile_loadconfig(&shape);
+    }
+    ~Tiles() { if (has_tiles()) _tile_release(); }
+};
+
+// The products of up to TILED_ROWS rows; there must be memory behind the last one of x for so many.
+template <class Use>
+static inline void multiply_tiles(const bf16* x, int64_t row, int64_t rows, int64_t width, const bf16* panel, Use use) {
+    const int64_t x_bytes = sizeof(bf16) * width, panel_bytes = sizeof(uint32_t) * COLUMNS;
+    const bool second = rows - row > TILE;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);  // they are macros
+    for (int64_t k = 0; k < width; k += 2 * TILE) {
+        _tile_loadd(6, panel + k * COLUMNS, panel_bytes);
+        _tile_loadd(7, panel + k * COLUMNS + COLUMNS, panel_bytes);
+        _tile_loadd(4, x + row * width + k, x_bytes);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+        if (!second) continue;
+        _tile_loadd(5, x + (row + TILE) * width + k, x_bytes);
+        _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+    }
+    float sums[TILED_ROWS][2][TILE];
+    constexpr int sums_bytes = sizeof sums[0];
+    _tile_stored(0, sums[0][0], sums_bytes); _tile_stored(1, sums[0][1], sums_bytes);
+    if (second) { _tile_stored(2, sums[TILE][0], sums_bytes); _tile_stored(3, sums[TILE][1], sums_bytes); }
+    for (int64_t r = 0; r < std::min<int64_t>(rows - row, TILED_ROWS); r++) use(row + r, load(sums[r][0]), load(sums[r][1]));
+}
+#else
+extern "C" int has_tiles() { return false; }
+struct Tiles {};
+template <class Use>
+static inline void multiply_tiles(const bf16*, int64_t, int64_t, int64_t, const bf16*, Use) {}
+#endif
+
+// x W^T of all rows, panel by panel, by tiles where x is in bfloat16; use(panel, row, left, right) takes the sums of its 2 W
+// columns.
+template <class T, class X, class Use>
+static void product(const X* x, int64_t rows, int64_t width, const void* packed, int64_t panels, Use use) {
 #pragma omp for schedule(dynamic)
     for (int64_t p = 0; p < panels; p++) {
         const T* panel = (const T*)packed + p * width * COLUMNS;
         auto use_row = [&](int64_t row, vec left, vec right) { use(p, row, left, right); };
         int64_t row = 0;
-        for (; row + ROWS <= rows; row += ROWS) multiply<ROWS>(x, width, row, width, panel, use_row);
-        if ((rows - row) & 4) multiply<4>(x, width, row, width, panel, use_row), row += 4;
-        if ((rows - row) & 2) multiply<2>(x, width, row, width, panel, use_row), row += 2;
-        if ((rows - row) & 1) multiply<1>(x, width, row, width, panel, use_row);
+        if constexpr (std::is_same_v<X, bf16>) {
+            for (; row < rows; row += TILED_ROWS) multiply_tiles(x, row, rows, width, panel, use_row);
+        } else {
+            for (; row + ROWS <= rows; row += ROWS) multiply<ROWS>(x, width, row, width, panel, use_row);
+            if ((rows - row) & 4) multiply<4>(x, width, row, width, panel, use_row), row += 4;
+            if ((rows - row) & 2) multiply<2>(x, width, row, width, panel, use_row), row += 2;
+            if ((rows - row) & 1) multiply<1>(x, width, row, width, panel, use_row);
+        }
     }
 }
 
@@ -77,12 +141,14 @@ static float root_mean_square(const float* x, int64_t width, float eps) {
     return std::sqrt(sum(squares) / width + eps);
 }
 
-static void norm(const float* x, const float* weight, int64_t rows, int64_t width, float eps, float* out) {
+// Of the rows of x that are listed, or of the first ones.
+template <class X>
+static void norm(const float* x, const int64_t* listed, const float* weight, int64_t rows, int64_t width, float eps, X* out) {
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
-        const float* from = x + row * width;
-        float scale = 1 / root_mean_square(from, width, eps);
-        for (int64_t i = 0; i < width; i++) out[row * width + i] = from[i] * scale * weight[i];
+        const float* from = x + (listed ? listed[row] : row) * width;
+        const float scale = 1 / root_mean_square(from, width, eps);
+        for (int64_t i = 0; i < width; i += W) store(out + row * width + i, load(from + i) * scale * load(weight + i));
     }
 }
 
@@ -104,8 +170,9 @@ static void rotate(const float* x, const float* weight, const Network& net, int6
 
 // softmax(q k^T) v over positions 0 .. row.position. The first `shared` of them are read from `lent`, where others read
 // them too. Up to W - 1 keys behind the last are read as well, but not used.
+template <class X>
 static void attend(const float* q, const float* own, const float* lent, int64_t v_offset, const Row& row, int64_t D,
-                   float* scores, float* out) {
+                   float* scores, X* out) {
     const int64_t tokens = row.position + 1;
     auto key = [&](int64_t t) { return (t < row.shared ? lent : own) + t * D; };
     vec most = vec{} - INFINITY;
@@ -132,15 +199,21 @@ static void attend(const float* q, const float* own, const float* lent, int64_t 
     }
 }
 
-template <class T>
+// T: of the weights. X: of what they are multiplied by.
+template <class T, class X>
 static void decode_as(const Network& net, const Cache& cache, const Row* rows, int64_t N, float* logits, int64_t stride,
                       int threads) {
     const int64_t E = net.E, D = net.D, F = net.F, queries = net.H * D, group = net.H / net.G;
     const int64_t all_heads = (queries + 2 * net.G * D + COLUMNS - 1) / COLUMNS * COLUMNS;
-    static thread_local std::vector<float> memory;
-    memory.resize(N * (2 * E + all_heads + queries + F));
-    float *x = memory.data(), *normed = x + N * E, *qkv = normed + N * E, *mixed = qkv + N * all_heads;
-    float* gated = mixed + N * queries;
+    static thread_local std::vector<float> sums;  // what products add to and give
+    static thread_local std::vector<X> factors;   // what they read, in whole tiles
+    const int64_t tiled = round_up(N, TILED_ROWS);
+    sums.resize(N * (E + all_heads)), factors.resize(tiled * (E + queries + F));
+    float *x = sums.data(), *qkv = x + N * E;
+    X *normed = factors.data(), *mixed = normed + tiled * E, *gated = mixed + tiled * queries;
+    std::vector<int64_t> heard;
+    for (int64_t n = 0; n < N; n++)
+        if (rows[n].heard) heard.push_back(n);
     auto add_to_x = [&](int64_t panel, int64_t row, vec left, vec right) {
         float* to = x + row * E + panel * COLUMNS;
         store(to, load(to) + left);
@@ -148,13 +221,14 @@ static void decode_as(const Network& net, const Cache& cache, const Row* rows, i
     };
 #pragma omp parallel num_threads(threads)
     {
+        [[maybe_unused]] Tiles tiles;
         std::vector<float> scores(cache.length + W);
 #pragma omp for
         for (int64_t n = 0; n < N; n++)
             for (int64_t i = 0; i < E; i += W) store(x + n * E + i, load((const T*)net.embedding + rows[n].id * E + i));
         for (int64_t l = 0; l < net.layers; l++) {
             const Layer& layer = net.layer[l];
-            norm(x, layer.input_norm, N, E, net.eps, normed);
+            norm(x, nullptr, layer.input_norm, N, E, net.eps, normed);
             product<T>(normed, N, E, layer.qkv, all_heads / COLUMNS, [&](int64_t panel, int64_t row, vec left, vec right) {
                 int64_t column = panel * COLUMNS;
                 if (layer.qkv_bias) left += load(layer.qkv_bias + column), right += load(layer.qkv_bias + column + W);
@@ -163,15 +237,20 @@ static void decode_as(const Network& net, const Cache& cache, const Row* rows, i
             });
             const int64_t v_offset = cache.slots * net.G * cache.length * D;
             float* layer_k = cache.kv + 2 * l * v_offset;
+            auto keys = [&](int64_t slot, int64_t g) { return layer_k + (slot * net.G + g) * cache.length * D; };
+#pragma omp for
+            for (int64_t n = 0; n < N; n++)
+                for (int64_t g = 0; g < net.G; g++) {
+                    const float* k = qkv + n * all_heads + queries + g * D;
+                    float* own_k = keys(rows[n].slot, g) + rows[n].position * D;
+                    rotate(k, layer.k_norm, net, rows[n].position, 1, own_k);
+                    std::memcpy(own_k + v_offset, k + net.G * D, D * sizeof(float));
+                }
 #pragma omp for
             for (int64_t task = 0; task < net.G * N; task++) {  // head by head, so that lent keys stay in the core's cache
                 const int64_t g = task / N, n = task % N;
                 const Row& row = rows[n];
-                const float* heads = qkv + n * all_heads;
-                float* own_k = layer_k + (row.slot * net.G + g) * cache.length * D;
-                const float* lent_k = layer_k + (row.lender * net.G + g) * cache.length * D;
-                rotate(heads + queries + g * D, layer.k_norm, net, row.position, 1, own_k + row.position * D);
-                std::memcpy(own_k + v_offset + row.position * D, heads + queries + (net.G + g) * D, D * sizeof(float));
+                const float *heads = qkv + n * all_heads, *own_k = keys(row.slot, g), *lent_k = keys(row.lender, g);
                 for (int64_t h = g * group; h < (g + 1) * group; h++) {
                     float q[D];
                     rotate(heads + h * D, layer.q_norm, net, row.position, 1 / std::sqrt((float)D), q);
@@ -179,26 +258,27 @@ static void decode_as(const Network& net, const Cache& cache, const Row* rows, i
                 }
             }
             product<T>(mixed, N, queries, layer.out, E / COLUMNS, add_to_x);
-            norm(x, layer.mlp_norm, N, E, net.eps, normed);
+            norm(x, nullptr, layer.mlp_norm, N, E, net.eps, normed);
             product<T>(normed, N, E, layer.gate_up, F / W, [&](int64_t panel, int64_t row, vec gate, vec up) {
                 store(gated + row * F + panel * W, gate / (1.0f + exp(-gate)) * up);
             });
             product<T>(gated, N, F, layer.down, E / COLUMNS, add_to_x);
         }
-        norm(x, net.final_norm, N, E, net.eps, normed);
-        product<T>(normed, N, E, net.head, (net.V + COLUMNS - 1) / COLUMNS,
+        norm(x, heard.data(), net.final_norm, heard.size(), E, net.eps, normed);
+        product<T>(normed, heard.size(), E, net.head, (net.V + COLUMNS - 1) / COLUMNS,
                    [&](int64_t panel, int64_t row, vec left, vec right) {
-                       float* to = logits + rows[row].slot * stride + panel * COLUMNS;
+                       float* to = logits + rows[heard[row]].slot * stride + panel * COLUMNS;
                        store(to, left);
                        store(to + W, right);
                    });
     }
 }
 
-// logits: [slots, stride], a stride being V rounded up to whole panels; the rows' slots are written.
+// logits: [slots, stride], a stride being V rounded up to whole panels; the slots of rows that are heard are written.
 extern "C" void decode(const Network* net, const Cache* cache, const Row* rows, int64_t N, float* logits, int64_t stride,
                        int threads) {
-    (net->bf16_weights ? decode_as<bf16> : decode_as<float>)(*net, *cache, rows, N, logits, stride, threads);
+    auto decode = !net->bf16_weights ? decode_as<float, float> : has_tiles() ? decode_as<bf16, bf16> : decode_as<bf16, float>;
+    decode(*net, *cache, rows, N, logits, stride, threads);
 }
 
 // ----------------------------------------------------------------------------------------------------------- sampling
@@ -216,15 +296,20 @@ struct Token {
     int id;
 };
 
-// logits / temperature, filled up with -inf, which NaN becomes as well; returns the greatest.
+// logits / temperature, filled up with -inf, which NaN becomes as well; returns the greatest. There are whole vectors of
+// logits.
 static float temper(const float* logits, int64_t V, float temperature, std::vector<float>& t) {
-    t.resize((V + DEPTH * BLOCK - 1) / (DEPTH * BLOCK) * (DEPTH * BLOCK));
-    vec most = vec{} - INFINITY;
-    for (int64_t i = 0; i < (int64_t)t.size(); i += W) {
-        vec x = vec{} - INFINITY;
-        std::memcpy(&x, logits + i, sizeof(float) * std::clamp<int64_t>(V - i, 0, W));
-        x = x == x ? x / temperature : vec{} - INFINITY;
-        store(&t[i], x);
+    const vec nothing = vec{} - INFINITY;
+    const float factor = 1 / temperature;
+    t.resize(round_up(V, DEPTH * BLOCK));
+    for (int64_t i = 0; i < V; i += W) {
+        const vec x = load(logits + i) * factor;
+        store(&t[i], x == x ? x : nothing);
+    }
+    std::fill(t.begin() + V, t.end(), -INFINITY);
+    vec most = nothing;
+    for (int64_t i = 0; i < V; i += W) {
+        const vec x = load(&t[i]);
         most = x > most ? x : most;
     }
     return greatest(most);
@@ -267,6 +352,20 @@ static double weigh(const std::vector<float>& t, float most, float least, std::v
     return total;
 }
 
+// The smallest logit of a nucleus: the largest one at and above which the weights sum up to `mass`.
+static float nucleus_bound(const std::vector<float>& t, float most, double mass) {
+    static thread_local std::vector<float> weights;
+    weights = t;
+    exponentiate(weights.data(), weights.size(), most);
+    float low = most - 100, high = most;  // e^-100 is 0 beside e^0
+    for (float middle; (middle = low + (high - low) / 2) > low && middle < high;) {
+        vec sums = {};
+        for (size_t i = 0; i < t.size(); i += W) sums += load(&t[i]) >= middle ? load(&weights[i]) : vec{};
+        (sum(sums) >= mass ? low : high) = middle;
+    }
+    return low;
+}
+
 // The token, in the order of ids, at which the sum of weights passes `target`.
 static int64_t walk(const std::vector<float>& t, float most, float least, const std::vector<double>& ends, double target) {
     size_t block = std::upper_bound(ends.begin(), ends.end(), target) - ends.begin();
@@ -300,19 +399,15 @@ static void draw_row(const float* own, const float* logits, int64_t V, bool log_
         bool listed = false;
         if (row.top_k < V || row.top_p < 1) {
             double whole = row.top_k < V || row.top_p >= 1 ? 0 : weigh(t, most, -INFINITY, ends);
-            for (int64_t count = row.top_k < V ? row.top_k : 64;; count = std::min(8 * count, V)) {
-                best(t, V, count, found);
-                if (row.top_k < V)
-                    for (Token token : found) whole += std::exp(token.logit - most);
-                double before = 0;
-                size_t inside = 0;
-                for (; inside < found.size() && (row.top_p >= 1 || before < row.top_p * whole); inside++)
-                    before += std::exp(found[inside].logit - most);
-                if (row.top_k < V || inside < found.size() || count == V) {
-                    least = std::max(least, found[inside - 1].logit);
-                    break;
-                }
-            }
+            best(t, V, row.top_k < V ? row.top_k : std::min<int64_t>(64, V), found);
+            if (row.top_k < V)
+                for (Token token : found) whole += std::exp(token.logit - most);
+            double before = 0;
+            size_t inside = 0;
+            for (; inside < found.size() && (row.top_p >= 1 || before < row.top_p * whole); inside++)
+                before += std::exp(found[inside].logit - most);
+            const bool goes_on = row.top_k == V && inside == found.size() && inside < (size_t)V;
+            least = std::max(least, goes_on ? nucleus_bound(t, most, row.top_p * whole) : found[inside - 1].logit);
             const int64_t counted = found.size();
             while (found.back().logit < least) found.pop_back();
             const int64_t kept = found.size();

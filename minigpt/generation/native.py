@@ -1,4 +1,4 @@
-"""A decode step and its sampling as two calls of compiled code, where a CPU and a C++ compiler are there.
+"""A step of the engine and its sampling as two calls of compiled code, where a CPU and a C++ compiler are there.
 
 How `native.cpp` gets compiled is in `minigpt/model/native.py`; what goes in and out are addresses of tensors. Where
 there is no compiler, on a GPU, and for networks that it does not cover the engine uses `decoder.py` and `sampling.py`,
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from minigpt.model.model_minigpt import Attention, FeedForward
 
 SOURCE = Path(__file__).with_name("native.cpp")
-ROW = np.dtype([(name, np.int64) for name in ("id", "slot", "position", "lender", "shared")])
 DRAW = np.dtype(
     [
         *((name, np.int64) for name in ("slot", "top_k", "limit")),
@@ -99,7 +98,8 @@ class NativeDecoder:
             and head is not None
             and decoder.prepares
             and (W := vector()) > 0
-            and config.hidden_size % (2 * W) == config.intermediate_size % W == config.head_dim % W == 0
+            and config.head_dim % W == config.num_attention_heads * config.head_dim % (2 * W) == 0
+            and config.hidden_size % (2 * W) == config.intermediate_size % (2 * W) == 0
         )
 
     def forget(self) -> None:
@@ -158,21 +158,26 @@ class NativeDecoder:
         return self._address(tensor.detach().float())
 
     def _packed(self, weight_NK: torch.Tensor) -> int:
-        """[N, K] → [panels, K, columns of a panel]; the last panel is filled up with zeros."""
+        """[N, K] → [panels, K, columns of a panel]; the last panel is filled up with zeros. In bfloat16 two numbers are
+        one word: for tiles two neighbours of a column, otherwise one of each half of the panel."""
         panels = F.pad(weight_NK, (0, 0, 0, -len(weight_NK) % self._panel)).unflatten(0, (-1, self._panel))
-        if weight_NK.dtype == torch.bfloat16:  # in pairs, each of which is a word
-            panels = panels.unflatten(1, (2, self._vector)).transpose(1, 2).flatten(1, 2)
+        if weight_NK.dtype == torch.bfloat16:
+            if self._library.has_tiles():
+                panels = panels.contiguous().view(torch.int32)
+            else:
+                panels = panels.unflatten(1, (2, self._vector)).transpose(1, 2).flatten(1, 2)
         return self._address(panels.transpose(1, 2))
 
-    def decode(self, rows: Sequence[tuple[int, int, int, int, int]], cache: KVCache) -> None:
-        """Takes one token of each row into the cache; writes its slot's row of `logits_BV`.
+    def decode(self, rows: np.ndarray, cache: KVCache) -> None:
+        """Takes tokens into the cache; writes the rows of `logits_BV` whose slots have a token that is heard.
 
         Args:
-            rows: Token id, slot, position, and the slot whose first so many positions hold the same as its own (it is
-                read there, where rows of the same prompt read as well) with their number; each slot at most once.
+            rows: int64 [N, 6], `Row` there: token id, slot, position, the slot whose first so many positions hold the
+                same as its own (it is read there, where rows of the same prompt read as well) with their number, and 1
+                for the one token of a slot whose logits are wanted. Tokens of a slot follow each other in the cache.
             cache: Of float32.
         """
-        table, kv = np.array(rows, dtype=np.int64), cache.kv
+        table, kv = np.ascontiguousarray(rows, dtype=np.int64), cache.kv
         assert kv.dtype == torch.float32
         assert kv.is_contiguous()
         cells = _Cache(kv.data_ptr(), cache.batch_size, cache.max_length)

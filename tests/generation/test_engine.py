@@ -9,6 +9,7 @@ import torch
 from minigpt.generation import engine as engine_module
 from minigpt.generation import sampling
 from minigpt.generation.engine import Engine, Request, generate
+from minigpt.generation.native import NativeDecoder
 from minigpt.generation.sampling import SamplingParams
 from minigpt.model.model_lora import apply_lora
 from minigpt.model.model_minigpt import MiniGPT
@@ -164,7 +165,14 @@ def count_read_tokens(engine: Engine) -> list[int]:
             sizes.append(len(ids_N))
         return hidden(ids_N, positions_N, attend)
 
-    engine.decoder.hidden = counting
+    engine.decoder.hidden, natively = counting, engine._decode_natively
+
+    def counting_natively(native, decoding, short):
+        if short:
+            sizes.append(sum(len(engine._rows[row].ids) - engine._rows[row].in_cache for row in short))
+        return natively(native, decoding, short)
+
+    engine._decode_natively = counting_natively
     return sizes
 
 
@@ -182,8 +190,14 @@ def test_the_next_turn_of_a_conversation_reads_only_what_is_new(model):
     assert second.completions[0].ids == greedy(model, turn, 40)
 
 
-def test_prompts_that_begin_with_what_is_known_are_read_in_one_pass(model):
-    """Beside them one that is new and one of which only a part fits into the step; all go on as without a cache."""
+@pytest.mark.parametrize(
+    ("compiled", "passes"), [(False, [7, 5 + 1 + 30 + 9 + 48]), (True, [48, 5 + 1 + 30 + 9 + 7])], ids=["torch", "C++"]
+)
+def test_prompts_that_begin_with_what_is_known_are_read_in_one_pass(model, monkeypatch, compiled, passes):
+    """Beside them one that is new and one of which only a part fits into the step, what is left of 100 tokens; all go
+    on as without a cache. Short rests are the compiled step's."""
+    if not compiled:
+        monkeypatch.setattr(NativeDecoder, "covers", lambda decoder: False)
     known, *tails = prompts_of([64, 5, 1, 30, 9])
     new, long = prompts_of([7, 200], seed=3)
     engine = Engine(model, slots=8, prefill_chunk=100)
@@ -193,7 +207,7 @@ def test_prompts_that_begin_with_what_is_known_are_read_in_one_pass(model):
     params = SamplingParams(max_new_tokens=30, temperature=0)
     requests = [engine.submit(prompt, params) for prompt in (*[known + tail for tail in tails], new, long)]
     engine.step()
-    assert sorted(read) == [7, 5 + 1 + 30 + 9 + 48], "two passes; the last piece is what was left of 100 tokens"
+    assert sorted(read) == passes
     assert [len(r.completions[0].ids) for r in requests] == [1] * 5 + [0]
     run(engine)
     assert [r.completions[0].ids for r in requests] == [greedy(model, r.prompt_ids, 30) for r in requests]
