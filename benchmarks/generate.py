@@ -26,13 +26,14 @@ half-way) over the rate at which it copies memory, measured in the same process.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,8 @@ def _median_ms(seconds: list[float]) -> float:
 # -------------------------------------------------------------------------------------------------------------- one GPU
 
 
-def on_device(presets: list[str], batches: list[int], smoke: bool) -> list[dict[str, Any]]:
-    """Decode steps of the larger presets, with and without CUDA graphs; a line each."""
+def on_device(presets: list[str], batches: list[int], smoke: bool) -> Iterator[dict[str, Any]]:
+    """Decode steps of the larger presets, with and without CUDA graphs; a line each, as soon as it is known."""
     import torch
 
     from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
@@ -217,7 +218,6 @@ def on_device(presets: list[str], batches: list[int], smoke: bool) -> list[dict[
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bandwidth = copy_bytes_per_second(device, 1 << 24 if smoke else 1 << 30)
-    lines = []
     for preset in presets:
         shape = SMOKE_SHAPE if smoke else {**PRESETS[preset], "vocab_size": CONFIG_S["vocab_size"]}
         torch.manual_seed(0)
@@ -229,11 +229,10 @@ def on_device(presets: list[str], batches: list[int], smoke: bool) -> list[dict[
                     line = decode_rate(model, batch, graphs, new_tokens=8 if smoke else 128)
                 except torch.OutOfMemoryError as error:
                     line = {"error": str(error).partition("\n")[0]}
-                lines.append({"preset": preset, "batch": batch, "cuda_graphs": graphs, **line})
                 if "bytes" in line:
-                    lines[-1]["of_roofline"] = line["bytes"] / bandwidth / line["seconds"]
-                    lines[-1]["bytes_per_second"] = bandwidth
-    return lines
+                    line["of_roofline"] = line["bytes"] / bandwidth / line["seconds"]
+                    line["bytes_per_second"] = bandwidth
+                yield {"preset": preset, "batch": batch, "cuda_graphs": graphs, **line}
 
 
 def decode_rate(model: Any, batch: int, graphs: bool, new_tokens: int, prompt_tokens: int = 32) -> dict[str, Any]:
@@ -295,14 +294,26 @@ def device_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def _publish_lines(found: Iterable[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """The numbers after every line, the table after every preset: whoever is stopped later has them."""
+    lines: list[dict[str, Any]] = []
+    for preset, of_preset in itertools.groupby(found, lambda line: line["preset"]):
+        first = len(lines)
+        for line in of_preset:
+            lines.append(line)
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps({"benchmark": "Generation on one device", "steps": lines}))
+        title = f"Generation on one device, {preset}"
+        publish(title, {"steps": lines}, device_table(lines[first:]), arguments.json, arguments.markdown)
+
+
 def main() -> None:
     arguments = _arguments()
     if arguments.contender:
         contender(*arguments.contender[:3], Path(arguments.contender[3]), arguments.smoke, arguments.threads)
         return
     if arguments.gpu:
-        lines = on_device(arguments.presets, arguments.batches, arguments.smoke)
-        publish("Generation on one device", {"steps": lines}, device_table(lines), arguments.json, arguments.markdown)
+        _publish_lines(on_device(arguments.presets, arguments.batches, arguments.smoke), arguments)
         return
     result: dict[str, Any] = {"settings": {"threads": arguments.threads, **SAMPLING}, "cases": {}}
     tables = []

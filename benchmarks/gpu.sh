@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
-# Everything that is to be known about this code on one GPU, in at most 8 minutes: the tests marked `gpu`, then the
-# benchmarks, the most important first. JSON files and the Markdown tables go to OUT, each as soon as it is known.
+# What is to be known about this code on one GPU, in at most 8 minutes: the tests marked `gpu`, tokens/s and MFU of the
+# presets, decoding (part 1), then as many of the other benchmarks as there is time for, the most important first. What
+# found none is named at the end and has 8 minutes of its own in part 2 or 3. JSON files and Markdown tables go to OUT,
+# those of presets and decoding case by case.
 # Left out, since they measure a CPU on any machine: generate.py without --gpu, kernels.py, rl.py (it places its roles on
 # CPUs), packing.py, tokenizer.py and startup.py; and profile_step.py, whose groups are to be read, not compared.
 #
-#   benchmarks/gpu.sh [OUT]            (default OUT: benchmarks/results)
-#   benchmarks/gpu.sh --smoke [OUT]    the same with tiny models and few steps, on any machine
+#   benchmarks/gpu.sh [OUT]               (default OUT: benchmarks/results)
+#   benchmarks/gpu.sh --part 2 [OUT]      one part only, its table in OUT/gpu-2.md
+#   benchmarks/gpu.sh --smoke [OUT]       everything with tiny models and few steps, on any machine
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+only=""
+if [ "${1:-}" = "--part" ]; then
+    only=$2
+    shift 2
+fi
 smoke=()
 if [ "${1:-}" = "--smoke" ]; then
     smoke=(--smoke)
@@ -18,12 +26,19 @@ out=${1:-benchmarks/results}
 python=${PYTHON:-python3}
 [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ] && python=.venv/bin/python
 mkdir -p "$out"
-report="$out/gpu.md"
+report="$out/gpu${only:+-$only}.md"
 echo "# MiniGPT on one device" >"$report"
 echo >>"$report"
-failed=()
+failed=() later=()
 deadline=$((SECONDS + 480))
 [ "${#smoke[@]}" -gt 0 ] && deadline=$((SECONDS + 1500)) # the limits below are a device's; without bf16 units it takes long
+
+part=1
+# in_part N: what follows belongs to part N; whether that is to run.
+in_part() {
+    part=$1
+    [ -z "$only" ] || [ "$only" = "$part" ]
+}
 
 # run NAME SECONDS COMMAND…: its output goes to OUT/NAME.log; a failure is noted and the next one is tried.
 run() {
@@ -31,8 +46,8 @@ run() {
     shift 2
     [ "${#smoke[@]}" -gt 0 ] && limit=$((5 * limit))
     [ "$limit" -gt "$left" ] && limit=$left
-    if [ "$limit" -le 5 ]; then
-        failed+=("$name (no time left)")
+    if [ "$limit" -lt 45 ]; then # it would only load what it measures
+        if [ "$part" = 1 ]; then failed+=("$name (no time left)"); else later+=("$name: benchmarks/gpu.sh --part $part"); fi
         return
     fi
     echo "== $name (at most $limit s)"
@@ -44,15 +59,6 @@ run() {
     fi
 }
 
-gpu_tests=("$python" -m pytest -m gpu -q --no-header -p no:cacheprovider)
-[ "${#smoke[@]}" -gt 0 ] && gpu_tests+=(--collect-only) # they cannot run on every machine
-run gpu_tests 75 "${gpu_tests[@]}"
-{
-    echo "## Tests marked gpu"
-    echo
-    tail -n 1 "$out/gpu_tests.log"
-    echo
-} >>"$report"
 # bench NAME SECONDS OPTIONS…: benchmarks/NAME.py with its results where the others are.
 bench() {
     local name=$1 limit=$2
@@ -60,16 +66,43 @@ bench() {
     run "$name" "$limit" "$python" "benchmarks/$name.py" "$@" --json "$out/$name.json" --markdown "$report" "${smoke[@]}"
 }
 
-# The limits, that of the tests included, add up to the 480 seconds above.
-bench presets 165 --limit_seconds 45 --steps 12 --tokens_per_step 65536
-run generate_gpu 50 "$python" benchmarks/generate.py --gpu --json "$out/generate_gpu.json" --markdown "$report" "${smoke[@]}"
-bench train 40 --rounds 3 --steps 20 --peers bf16
-bench grpo 40 --rounds 1 --peers
-bench sft 30 --rounds 3 --bucket_multiple 128
-bench lora 30 --rounds 2
-bench dpo 25 --rounds 2
-bench serve 25
+# The limits of each part add up to at most the 480 seconds above. A fresh process takes 15 seconds to begin and about a
+# minute to compile; what compares two programs starts them together.
+if in_part 1; then
+    mapfile -t files < <(grep -rlE "mark\.gpu" tests --include='test_*.py')
+    gpu_tests=("$python" -m pytest -m gpu -q --no-header -p no:cacheprovider "${files[@]}")
+    [ "${#smoke[@]}" -gt 0 ] && gpu_tests+=(--collect-only) # they cannot run on every machine
+    run gpu_tests 60 "${gpu_tests[@]}"
+    {
+        echo "## Tests marked gpu"
+        echo
+        tail -n 1 "$out/gpu_tests.log"
+        echo
+    } >>"$report"
+    bench presets 345 --limit_seconds 110 --steps 16 --tokens_per_step 65536 --compile 100m 300m
+    run generate_gpu 75 "$python" benchmarks/generate.py --gpu --json "$out/generate_gpu.json" --markdown "$report" "${smoke[@]}"
+fi
+if in_part 2; then
+    bench train 120 --rounds 3 --steps 20 --peers bf16
+    bench sft 130 --rounds 2 --bucket_multiple 128
+    bench serve 70 --rounds 1
+    run presets_1b 150 "$python" benchmarks/presets.py --presets 1b --limit_seconds 140 --steps 16 --tokens_per_step 65536 \
+        --json "$out/presets_1b.json" --markdown "$report" "${smoke[@]}"
+fi
+if in_part 3; then
+    bench grpo 160 --rounds 1 --peers
+    bench lora 160 --rounds 2
+    bench dpo 150 --rounds 2
+fi
 
+if [ "${#later[@]}" -gt 0 ]; then
+    {
+        echo "## Not run: no time was left"
+        echo
+        printf -- '- %s\n' "${later[@]}"
+        echo
+    } | tee -a "$report"
+fi
 if [ "${#failed[@]}" -gt 0 ]; then
     {
         echo "## Failed"

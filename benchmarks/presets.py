@@ -4,9 +4,10 @@
 
 Each preset is trained by the stage that users call (`minigpt.trainer.loop.train`), in a process of its own that first
 measures the rate of a bf16 matrix product. MFU is given twice: of 989 TFLOP/s (H100/H200 data sheet) and of the rate
-just measured. FLOPs are counted per document (`minigpt.trainer.flops`): padding and masked pairs earn nothing.
+just measured. FLOPs are counted per document (`minigpt.trainer.flops`): padding and masked pairs earn nothing, nor does
+an optimizer, which is therefore AdamW: Muon's products would be work that is not counted.
 The first steps, which compile, do not count. What is known is published after every preset, and of one that takes
-longer than `--limit_seconds` the steps that it made until then count.
+longer than `--limit_seconds` the steps that it made until then count; once it made them all, it is ended.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +59,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens_per_step", type=int, default=131_072)
     parser.add_argument("--micro_batch_size", type=int, help="rows; the trainer's own choice when not given")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--compile", nargs="*", default=["100m", "300m", "1b"], help="the presets that are compiled")
     parser.add_argument("--limit_seconds", type=int, default=150, help="a preset that takes longer is stopped")
     output_arguments(parser)
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--save_dir", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.smoke and not arguments.task:
-        arguments.seq_len, arguments.tokens_per_step, arguments.steps = 128, 512, 4
+        arguments.seq_len, arguments.tokens_per_step, arguments.steps, arguments.compile = 128, 512, 4, []
     return arguments
 
 
@@ -92,16 +95,23 @@ def _in_a_process(preset: str, data: Path, save_dir: Path, arguments: argparse.N
         *("--save_dir", str(save_dir), "--seq_len", str(arguments.seq_len), "--steps", str(arguments.steps)),
         *("--tokens_per_step", str(arguments.tokens_per_step)),
         *(["--micro_batch_size", str(arguments.micro_batch_size)] if arguments.micro_batch_size else []),
+        *("--compile", *arguments.compile),
         *(["--smoke"] if arguments.smoke else []),
     ]
-    error = None
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_seconds)
-        if ended.returncode:
-            lines = [line for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
-            error = lines[-1] if lines else f"status {ended.returncode}"
-    except subprocess.TimeoutExpired:
-        error = f"took more than {arguments.limit_seconds} s"
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        deadline, error = time.monotonic() + arguments.limit_seconds, None
+        while process.poll() is None and error is None and len(_steps_of(save_dir)) < arguments.steps:
+            if time.monotonic() > deadline:
+                error = f"took more than {arguments.limit_seconds} s"
+            time.sleep(0.2)
+        status = process.poll()
+        process.kill()  # saving what it learned would take longer than the steps
+        process.wait()
+        if status:
+            output.seek(0)
+            lines = [line for line in output.read().splitlines() if line.strip()]
+            error = lines[-1] if lines else f"status {status}"
     return measured(preset, save_dir, error)
 
 
@@ -123,7 +133,8 @@ def train_preset(preset: str, arguments: argparse.Namespace) -> None:
         max_steps=arguments.steps,
         global_batch_size=max(1, arguments.tokens_per_step // arguments.seq_len),
         micro_batch_size=arguments.micro_batch_size,
-        compile=False if arguments.smoke else None,
+        compile=preset in arguments.compile,
+        optimizer="adamw",
         dtype="bf16",
         schedule="constant",
         tensorboard=False,
@@ -136,6 +147,7 @@ def train_preset(preset: str, arguments: argparse.Namespace) -> None:
         parameters = MiniGPT(config).num_parameters()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = {
+        "compiled": options.compile,
         "parameters": parameters,
         "flops_per_token": flops_per_token(rows, config),
         "matmul_flops_per_second": measure_matmul_rate(torch.bfloat16, device, seconds=1.0),
@@ -154,15 +166,19 @@ def flops_per_token(rows: PackedDataset, config: MiniGPTConfig) -> float:
     return training_flops(config, tokens=tokens, labels=labels, attention_pairs=pairs) / tokens
 
 
+def _steps_of(save_dir: Path) -> list[dict[str, Any]]:
+    from minigpt.observe.metrics import read_metrics
+
+    records = read_metrics(save_dir) if save_dir.exists() else []
+    return [record for record in records if record.get("kind") == "train"]
+
+
 def measured(preset: str, save_dir: Path, error: str | None) -> dict[str, Any]:
     """Tokens/s, MFU and memory of a run that ended, well or by an error: medians over the steps after the warm-up.
 
     {"preset", "error"} when it did not get that far.
     """
-    from minigpt.observe.metrics import read_metrics
-
-    records = read_metrics(save_dir) if save_dir.exists() else []
-    steps = [record for record in records if record.get("kind") == "train"]
+    steps = _steps_of(save_dir)
     after_warmup = steps[max(1, int(len(steps) * WARMUP_FRACTION)) :]
     if not after_warmup:
         return {"preset": preset, "error": error or "no step was logged"}
@@ -186,16 +202,17 @@ def measured(preset: str, save_dir: Path, error: str | None) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, a line a preset."""
     lines = [
-        "| preset | parameters | tokens/s | TFLOP/s | MFU of 989 TFLOP/s | MFU of measured product | GB | loss |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
+        "| preset | parameters | compiled | tokens/s | TFLOP/s | MFU of 989 TFLOP/s | of own product | GB | loss |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---|",
     ]
     for r in results:
         if "error" in r:
-            lines.append(f"| {r['preset']} | not measured: {r['error']} | | | | | | |")
+            lines.append(f"| {r['preset']} | not measured: {r['error']} | | | | | | | |")
             continue
         product = f"{r['mfu_of_measured_matmul']:.1%} of {r['matmul_flops_per_second'] / 1e12:,.2f} TFLOP/s"
         lines.append(
-            f"| {r['preset']} | {r['parameters'] / 1e6:,.1f}M | {r['tokens_per_second']:,.0f} "
+            f"| {r['preset']} | {r['parameters'] / 1e6:,.1f}M "
+            f"| {'yes' if r['compiled'] else 'no'} | {r['tokens_per_second']:,.0f} "
             f"| {r['flops_per_second'] / 1e12:,.2f} | {r['mfu_of_989']:.1%} | {product} | {r['memory_gb']:.1f} "
             f"| {r['first_loss']:.2f} → {r['last_loss']:.2f}{' (' + r['stopped'] + ')' if 'stopped' in r else ''} |"
         )

@@ -140,7 +140,7 @@ def test_a_preset_that_was_stopped_is_measured_by_the_steps_that_it_made(tmp_pat
         "preset": "1b",
         "error": "took more than 45 s",
     }
-    facts = {"parameters": 1e9, "flops_per_token": 6e9, "matmul_flops_per_second": 5e14}
+    facts = {"compiled": False, "parameters": 1e9, "flops_per_token": 6e9, "matmul_flops_per_second": 5e14}
     (tmp_path / presets.FACTS).write_text(json.dumps(facts))
     record = {"kind": "train", "memory_gb": 30.0, "loss": 8.0}
     steps = [{**record, "step": i, "tokens_per_second": rate} for i, rate in enumerate((10.0, 3e4, 5e4, 4e4), 1)]
@@ -168,15 +168,49 @@ def test_presets_are_published_one_by_one(tmp_path, monkeypatch):
     assert "## Preset 100m on one device" in (tmp_path / "p.md").read_text()
 
 
-def test_the_limits_of_the_gpu_script_add_up_to_its_eight_minutes():
+def test_the_limits_of_each_part_of_the_gpu_script_add_up_to_eight_minutes():
     script = (REPOSITORY / "benchmarks" / "gpu.sh").read_text()
-    limits = {name: int(seconds) for name, seconds in re.findall(r"^(?:run|bench) (\w+) (\d+)", script, re.MULTILINE)}
-    assert sum(limits.values()) <= 480
-    assert list(limits)[:3] == ["gpu_tests", "presets", "generate_gpu"], "the most important first"
-    (a_preset,) = re.findall(r"^bench presets .*--limit_seconds (\d+)", script, re.MULTILINE)
-    assert 3 * int(a_preset) < limits["presets"]
+    parts = re.split(r"^if in_part \d; then$", script, flags=re.MULTILINE)[1:]
+    limits = [
+        {name: int(seconds) for name, seconds in re.findall(r"^    (?:run|bench) (\w+) (\d+)", part, re.MULTILINE)}
+        for part in parts
+    ]
+    assert len(limits) == 3
+    assert max(sum(part.values()) for part in limits) <= 480
+    assert list(limits[0]) == ["gpu_tests", "presets", "generate_gpu"], "the most important first"
+    (a_preset,) = re.findall(r"bench presets .*--limit_seconds (\d+)", script)
+    assert 3 * int(a_preset) < limits[0]["presets"]
+    named = set().union(*limits)
     benchmarks = {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")} - {"common", "peer_hf"}
-    assert {name for name in benchmarks if f"{name}.py" not in script and name not in limits} == set()
+    assert {name for name in benchmarks if f"{name}.py" not in script and name not in named} == set()
+
+
+def test_a_preset_is_ended_when_it_made_its_steps(tmp_path, monkeypatch):
+    """A trainer that logs its steps and then saves for ever; one that fails says why; one that hangs is stopped."""
+    program = "import sys, time, pathlib; folder = pathlib.Path(sys.argv[sys.argv.index('--save_dir') + 1]); {}"
+    record = {"kind": "train", "tokens_per_second": 5.0, "memory_gb": 1.0, "loss": 2.0}
+    steps = "".join(json.dumps({**record, "step": step}) + "\n" for step in (1, 2, 3, 4))
+    facts = json.dumps({"compiled": True, "parameters": 1, "flops_per_token": 1.0, "matmul_flops_per_second": 1.0})
+    logs = f"(folder / 'metrics.jsonl').write_text({steps!r}); (folder / 'facts.json').write_text({facts!r})"
+    arguments = argparse.Namespace(
+        seq_len=8, steps=4, tokens_per_step=8, micro_batch_size=None, compile=["1b"], smoke=True, limit_seconds=60
+    )
+    for name, body in (
+        ("made", f"{logs}; time.sleep(1000)"),
+        ("failed", "sys.exit('no memory')"),
+        ("slow", "time.sleep(99)"),
+    ):
+        script, folder = tmp_path / f"{name}.py", tmp_path / name
+        script.write_text(program.format(body))
+        folder.mkdir()
+        arguments.limit_seconds = 1 if name == "slow" else 60
+        monkeypatch.setattr(presets, "__file__", str(script))
+        found = presets._in_a_process("1b", tmp_path, folder, arguments)
+        if name == "made":
+            assert "| 1b | 0.0M | yes | 5 |" in presets.table([found])
+            assert "stopped" not in found
+        else:
+            assert found["error"] == {"failed": "no memory", "slow": "took more than 1 s"}[name]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +236,7 @@ def test_the_shares_of_a_profile_add_up():
 
 
 def test_decode_steps_of_a_device_are_measured_with_and_without_fixed_shapes():
-    lines = generate.on_device(["100m"], [1, 3], smoke=True)
+    lines = list(generate.on_device(["100m"], [1, 3], smoke=True))
     assert [(line["batch"], line["cuda_graphs"]) for line in lines] == [(1, False), (1, True), (3, False), (3, True)]
     for line in lines:
         assert line["tokens_per_second"] == pytest.approx(line["batch"] / line["seconds"])
@@ -210,6 +244,21 @@ def test_decode_steps_of_a_device_are_measured_with_and_without_fixed_shapes():
         assert ("refused" in line) == (line["cuda_graphs"] and not torch.cuda.is_available())
     assert lines[2]["bytes"] - lines[0]["bytes"] == 2 * (lines[0]["bytes"] - weights_of(generate.SMOKE_SHAPE))
     assert "GB/s" in generate.device_table(lines)
+
+
+def test_decode_steps_are_published_one_by_one(tmp_path):
+    """Whoever is stopped during the third has two numbers, and the table of the first preset."""
+
+    def lines():
+        for preset in ("100m", "1b"):
+            yield {"preset": preset, "batch": 1, "cuda_graphs": True, "error": "too slow"}
+        raise KeyboardInterrupt
+
+    outputs = argparse.Namespace(json=tmp_path / "g.json", markdown=tmp_path / "g.md")
+    with pytest.raises(KeyboardInterrupt):
+        generate._publish_lines(lines(), outputs)
+    assert [line["preset"] for line in json.loads(outputs.json.read_text())["steps"]] == ["100m", "1b"]
+    assert "## Generation on one device, 100m" in outputs.markdown.read_text()
 
 
 def weights_of(shape: dict[str, int]) -> int:
@@ -224,7 +273,13 @@ def test_one_command_runs_every_benchmark(tmp_path):
     ended = subprocess.run([script, "--smoke", str(tmp_path)], capture_output=True, text=True, env=os.environ)
     report = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert ended.returncode == 0, ended.stdout + report
-    for title in ("Tests marked gpu", "Preset 1b on one device", "Generation on one device", "Training", "Fine-tuning"):
+    for title in (
+        "Tests marked gpu",
+        "Preset 1b on one device",
+        "Generation on one device, 100m",
+        "Training",
+        "Fine-tuning",
+    ):
         assert f"## {title}" in report
     for name in ("presets", "train", "sft", "generate_gpu"):
         assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
