@@ -35,7 +35,7 @@ _SDPA_MAX_TOKENS_ON_CPU = (
     1024  # beyond it the [B, T, T] mask is quadratic in T; a shared mask costs 7 % of a step at 256
 )
 _FLASH_HEAD_MULTIPLE = 8  # head sizes that flash kernels take: multiples of this, up to 256
-# On Hopper SDPA would ask cuDNN first, which plans every new shape for 0.4 s, and prompts come in every length
+# On Hopper SDPA would ask cuDNN first, which plans every new shape anew, and prompts come in every length
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -193,7 +193,7 @@ def _flash(q_NHD: torch.Tensor, k_NGD: torch.Tensor, v_NGD: torch.Tensor, patter
     groups, causal = q_NHD.shape[1] // k_NGD.shape[1], (-1, 0)
     if groups > 1 and not _flash_takes_groups:  # torch 2.11
         k_NGD, v_NGD = (x.repeat_interleave(groups, dim=1) for x in (k_NGD, v_NGD))
-    grouped = {"enable_gqa": groups > 1} if _flash_takes_groups else {}
+    grouped: dict[str, Any] = {"enable_gqa": groups > 1} if _flash_takes_groups else {}
     out: Any = varlen_attn(q_NHD, k_NGD, v_NGD, cu, cu, longest, longest, scale=D**-0.5, window_size=causal, **grouped)
     return out[..., :D]
 
