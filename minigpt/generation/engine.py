@@ -254,8 +254,8 @@ class Engine:
             params: How to sample and when to end.
             n: So many samples, which share the reading of the prompt.
             sequence_ids: Numbers of the random streams, one a sample; by default 0 .. n - 1.
-            on_token: Called as `on_token(sample, token id, log-probability or None)` for every new token; it may
-                cancel the request.
+            on_token: Called as `on_token(sample, token id, log-probability or None)` for every new token, when the
+                step that made it is over; it may cancel the request.
             decode: ids → text; needed for stop strings, and fills `Completion.text`.
             log_probs: Record log-probabilities.
             top_log_probs: Record those of so many most probable tokens as well.
@@ -266,7 +266,7 @@ class Engine:
         """
         prompt = list(map(int, prompt_ids))
         self.check(prompt, params, decode=decode)
-        streams = list(range(n)) if sequence_ids is None else list(sequence_ids)
+        streams = list(range(n)) if sequence_ids is None else list(map(int, sequence_ids))
         if n < 1 or len(streams) != n:
             raise ValueError(f"{n} samples and {len(streams)} sequence ids; give at least one sample and one id each")
         request = Request(prompt, params, n, log_probs)
@@ -333,13 +333,14 @@ class Engine:
         Stop strings are the business of whoever turns the ids into text (`text.TextStream`, `text.StopStrings`).
         """
         request = self.submit(prompt_ids, replace(params, stop=()), sequence_ids=[sequence_id])
-        given = 0
+        ids, given = request.completions[0].ids, 0
         try:
-            while not request.done:
-                self.step()
-                new = request.completions[0].ids[given:]
-                given += len(new)
-                yield from new
+            while not request.done or given < len(ids):
+                if given == len(ids):
+                    self.step()
+                for token in ids[given:]:  # others who drive the engine may have made several
+                    given += 1
+                    yield token
         finally:
             self.cancel(request)
 
@@ -433,7 +434,7 @@ class Engine:
         if not self._used:
             return []
         decoding = [sequence is not None and sequence.decoding for sequence in self._rows[: self._used]]
-        unread = [(row, s) for row, s in enumerate(self._rows) if s is not None and not s.decoding]
+        unread = [(row, s) for row, s in enumerate(self._rows[: self._used]) if s is not None and not s.decoding]
         self._reserve()
         ends, short = self._read_prompts(unread)
         if self._native is not None:
@@ -449,6 +450,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Gives free slots to the sequences that wait longest."""
+        if not self._waiting:
+            return
         for row in range(self.slots):
             if self._rows[row] is None and self._waiting:
                 sequence = self._waiting.popleft()
@@ -672,7 +675,6 @@ class Engine:
                 positions[row] = sequence.in_cache
                 if decoding[row]:
                     ids[row] = sequence.ids[-1]
-                    sequence.in_cache += 1
         self._counters.steps += 1
         if self._static is not None:
             return self._static.decode(ids, positions, self._cache)
@@ -694,8 +696,7 @@ class Engine:
             shared = len(sequence.request.prompt_ids) if sequence.shares_prompt else 0
             lender = lenders.setdefault(sequence.request, row) if shared else row
             last.append((sequence.ids[-1], row, sequence.in_cache, lender, shared, True))
-            sequence.in_cache += 1
-        tokens = [np.array(last, dtype=np.int64).reshape(-1, 6)]
+        tokens = [np.array(last, dtype=np.int64)] if last else []
         for row in short:
             sequence = self._rows[row]
             assert sequence is not None
@@ -704,7 +705,7 @@ class Engine:
             piece[:, 0], piece[:, 1], piece[:, 2] = sequence.ids[start:], row, np.arange(start, sequence.in_cache)
             piece[:, 3], piece[-1, 5] = row, True
             tokens.append(piece)
-        if last or short:
+        if tokens:
             native.decode(np.concatenate(tokens), self._cache)
             self._counters.steps += bool(last)
         return native.logits_BV[: self._used]
@@ -734,10 +735,11 @@ class Engine:
             drawn_rows = [row for row in range(self._used) if chosen[row]]
             self._seen_BV[drawn_rows, [ids[row] for row in drawn_rows]] = True
         finished: list[Request] = []
+        news: list[tuple[Request, int, int, float | None]] = []
         for row, sequence in enumerate(rows):
-            if sequence is None or not chosen[row] or sequence.request.done:
-                continue  # the last: cancelled by a callback just now
-            completion = sequence.completion
+            if sequence is None or not chosen[row]:
+                continue
+            completion, request = sequence.completion, sequence.request
             if completion.log_probs is not None:
                 assert completion.behaviour_log_probs is not None
                 assert completion.versions is not None
@@ -745,11 +747,16 @@ class Engine:
                 completion.behaviour_log_probs.append(behaviour[row])
                 completion.versions.append(self.version)
             if completion.top_log_probs is not None:
-                temperature = sequence.request.params.temperature or 1.0
-                best = (logits_BV[row].double() / temperature).log_softmax(-1).topk(sequence.request._top)
+                temperature = request.params.temperature or 1.0
+                best = (logits_BV[row].double() / temperature).log_softmax(-1).topk(request._top)
                 completion.top_log_probs.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
-            if self._take(row, sequence, ids[row]) and sequence.request.done:
-                finished.append(sequence.request)
+            if request._on_token is not None:
+                news.append((request, sequence.index, ids[row], log_probs[row] if request._wants_log_probs else None))
+            if self._take(row, sequence, ids[row]) and request.done:
+                finished.append(request)
+        for request, index, token, log_prob in news:  # all rows are in order now, whatever a callback does
+            if request._on_token is not None and not request.cancelled:
+                request._on_token(index, token, log_prob)
         return finished
 
     def _draw(self, logits_BV: torch.Tensor, chosen: list[bool], log_probs: bool) -> _Drawn:
@@ -780,6 +787,7 @@ class Engine:
     def _take(self, row: int, sequence: _Sequence, token: int) -> bool:
         """Adds a sampled token to a sequence; whether it ended with it."""
         request, completion = sequence.request, sequence.completion
+        sequence.in_cache = len(sequence.ids)
         sequence.ids.append(token)
         sequence.decoding = True
         completion.ids.append(token)
@@ -787,12 +795,7 @@ class Engine:
         stopped = token in sequence.stop_ids
         if not stopped and sequence.watcher is not None:
             stopped = sequence.watcher.push(token)
-        ended = stopped or len(completion.ids) >= sequence.limit
-        if request._on_token is not None:
-            request._on_token(sequence.index, token, completion.log_probs[-1] if completion.log_probs else None)
-            if request.done:  # the callback cancelled it
-                return False
-        if not ended:
+        if not stopped and len(completion.ids) < sequence.limit:
             return False
         completion.finish_reason = "stop" if stopped else "length"
         if sequence.watcher is not None:
@@ -855,7 +858,7 @@ def generate(
     """
     texts = prompts.tolist() if isinstance(prompts, torch.Tensor) else [list(map(int, prompt)) for prompt in prompts]
     settings = [params] * len(texts) if isinstance(params, SamplingParams) else list(params)
-    streams = list(range(len(texts))) if sequence_ids is None else list(sequence_ids)
+    streams = list(range(len(texts))) if sequence_ids is None else list(map(int, sequence_ids))
     if len(settings) != len(texts) or len(streams) != len(texts):
         raise ValueError(
             f"{len(texts)} prompts but {len(settings)} params and {len(streams)} sequence ids; give one each"

@@ -3,6 +3,7 @@
 import random
 
 import families
+import numpy as np
 import pytest
 import torch
 
@@ -423,6 +424,43 @@ def test_a_cancelled_request_leaves_its_slots_and_changes_nothing_for_others(mod
     assert doomed not in run(engine)
     assert kept.completions[0].ids == greedy(model, b, 30)
     engine.cancel(doomed)  # once more does no harm
+
+
+def test_a_callback_that_fails_harms_nobody(model):
+    """Whoever catches its error can go on: all sequences stay what they are alone."""
+    prompts, params = prompts_of([5, 9, 7]), SamplingParams(max_new_tokens=8, temperature=0)
+    engine, calls = Engine(model, slots=3), 0
+
+    def fail(sample, token, log_prob):
+        nonlocal calls
+        calls += 1
+        raise RuntimeError("not today")
+
+    requests = [engine.submit(ids, params, on_token=fail if i == 0 else None) for i, ids in enumerate(prompts)]
+    while engine.has_work:
+        try:
+            engine.step()
+        except RuntimeError:
+            continue
+    assert calls == 8
+    assert [r.completions[0].ids for r in requests] == [greedy(model, ids, 8) for ids in prompts]
+
+
+def test_a_stream_loses_nothing_when_others_drive_the_engine(model):
+    prompts, engine = prompts_of([5, 9]), Engine(model, slots=2)
+    long, short = (
+        engine.stream(ids, SamplingParams(max_new_tokens=n, temperature=0))
+        for ids, n in zip(prompts, (10, 3), strict=True)
+    )
+    begun = [next(long), next(short)]
+    assert begun[0:1] + list(long) == greedy(model, prompts[0], 10)
+    assert begun[1:2] + list(short) == greedy(model, prompts[1], 3)
+
+
+def test_numbers_of_streams_may_come_from_numpy(model):
+    prompt, params = prompts_of([6])[0], SamplingParams(max_new_tokens=8, seed=5)
+    expected = generate(model, [prompt] * 3, params, sequence_ids=[0, 1, 2])
+    assert generate(model, [prompt] * 3, params, sequence_ids=np.arange(3)) == expected
 
 
 def test_a_callback_may_cancel_its_request(model):

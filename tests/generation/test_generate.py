@@ -10,6 +10,7 @@ from test_sampling import exact_distribution
 
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.engine import Completion, generate, generate_ids, stream
+from minigpt.generation.native import NativeDecoder
 from minigpt.generation.sampling import SamplingParams
 
 NEAR_TIE = 1e-5  # two candidates closer than this may change places between a batch of one and a batch of many
@@ -180,6 +181,7 @@ def test_equal_prompts_with_equal_params_are_read_once_whoever_made_the_params(m
         return hidden(decoder, ids_N, positions_N, attend)
 
     monkeypatch.setattr(Decoder, "hidden", counting)
+    monkeypatch.setattr(NativeDecoder, "covers", lambda decoder: False)
     prompt, other = prompts_of([20, 20])
     settings = [SamplingParams(max_new_tokens=9, seed=4, stop_token_ids=(1,), logit_bias={7: 1.0}) for _ in range(3)]
     biased = SamplingParams(max_new_tokens=9, seed=4, stop_token_ids=(1,), logit_bias={7: 2.0})
