@@ -150,7 +150,7 @@ def test_nobody_imports_the_command_line_the_server_or_the_scripts():
     ("file", "text", "verdict"),
     [
         ("minigpt/model/x.py", "from minigpt.dataset.chat import ChatEncoder", False),
-        ("minigpt/model/x.py", "def f():\n    from minigpt.generation.engine import stream", False),
+        ("minigpt/model/x.py", "def f():\n    from minigpt.generation.generate import stream", False),
         (
             "minigpt/model/x.py",
             "class MiniGPT:\n  def generate(self):\n    from minigpt.generation import engine",

@@ -171,7 +171,7 @@ class ModelAnswers:
 
     def sample(self, conversations: Sequence[Conversation], samples: int) -> list[list[str]]:
         """`samples` replies to each conversation. A thought that the prompt opened is part of the reply."""
-        from minigpt.generation.engine import generate
+        from minigpt.generation.generate import generate
         from minigpt.generation.sampling import SamplingParams
 
         ends = getattr(self.model, "eos_token_ids", None) or (self.encoder.im_end_id, self.encoder.eos_id)

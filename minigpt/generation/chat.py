@@ -42,7 +42,7 @@ def chat(options: ChatOptions) -> None:
         UserError, ValueError, FileNotFoundError: one sentence, for a run that cannot be loaded.
     """
     sampling = sampling_params(options)  # wrong options are told before anything is loaded
-    from minigpt.generation.engine import stop_token_ids
+    from minigpt.generation.generate import stop_token_ids
     from minigpt.generation.load import load_for_inference, stage_of
 
     model, encoder = load_for_inference(options.run, options.device, options.dtype, options.adapter)

@@ -85,7 +85,7 @@ def run_generate(options: GenerateOptions) -> str:
     """
     params = sampling_params(options, options.stop)  # wrong options are told before anything is loaded
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
-    from minigpt.generation.engine import stop_token_ids, stream
+    from minigpt.generation.generate import stop_token_ids, stream
     from minigpt.generation.load import load_for_inference, stage_of
     from minigpt.generation.text import StopStrings, TextStream, printable
 

@@ -3,7 +3,8 @@
 A running sequence has a slot, a row of a preallocated KV cache. `Engine.step` lets waiting sequences into free slots,
 reads a part of the prompts that are not read yet, and samples one token for every sequence that can go on:
 
-- Prompts of any lengths are read packed end to end, without padding; a long one in pieces between the steps of others.
+- Prompts of any lengths are read packed end to end, without padding; a long one in pieces between the steps of others,
+  a short one on a CPU in the very step of the others.
 - The n samples of a prompt share one reading of it. What the engine read before it finds again (`prefix_cache.py`).
 - A sequence that ended makes room at once: a waiting one takes its slot, or the last one moves into it.
 - New weights may come between two steps. Nothing that older ones computed is used after that: the sequences that run
@@ -22,10 +23,10 @@ head size, L tokens of a row.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,8 +35,9 @@ from minigpt.generation.decoder import Attend, Decoder
 from minigpt.generation.graphs import StaticDecoder, attend_together, graphs_wanted
 from minigpt.generation.native import NativeDecoder, draws_of
 from minigpt.generation.prefix_cache import PrefixCache
-from minigpt.generation.sampling import SamplingParams, SamplingTensors, adjust, sample, uniforms
-from minigpt.generation.text import Decode, StopStrings, TextStream
+from minigpt.generation.request import OnSampleToken, PromptRead, Request, RunningSequence
+from minigpt.generation.sampling import SamplingParams, SamplingTensors, adjust, sample
+from minigpt.generation.text import Decode
 from minigpt.model.attention import AttentionPattern, attention, cached_pattern, decode_attention, packed_pattern
 from minigpt.model.kv_cache import KVCache
 
@@ -45,106 +47,10 @@ if TYPE_CHECKING:
 CACHE_BUCKET = 128  # the cache holds this many tokens a slot, times a power of two
 PREFIX_BLOCK = 32  # tokens that the prefix cache keeps or forgets together
 INVARIANT_CHUNK = 128  # the same, and what is read of a prompt at a time, where results may depend on nothing else
-SHORT_PROMPT = 128  # so many tokens of a prompt are read by the compiled step, more by torch, whose attention scales
+SHORT_PROMPT = 128  # up to so many tokens of a prompt are read by the compiled step; torch's attention is for long ones
 PREFILL_CHUNK = 2048  # prompt tokens that are read between two decode steps
-UNIFORMS_BLOCK = 64  # random numbers are made for so many tokens of a sequence at once
-END_IDS = (2, 0)  # <|im_end|> and <|endoftext|> of MiniGPT's own tokenizer
 
 _Drawn = tuple[list[int], list[float], list[float]]
-OnToken = Callable[[int, int], None]
-OnSampleToken = Callable[[int, int, "float | None"], None]
-
-
-@dataclass
-class Completion:
-    """What was generated for one prompt.
-
-    Attributes:
-        ids: The new tokens, including the stop token that ended them.
-        finish_reason: "stop" (a stop token or stop string), "length" (max_new_tokens or the context is used up),
-            "cancelled", or "" while it runs.
-        text: The new text without stop token and stop string; None without a `decode` function.
-        log_probs: Of each id: full vocabulary, at the temperature, before penalties, bias and filters; None if not
-            asked for.
-        behaviour_log_probs: Of each id under the distribution that it was drawn from; None if not asked for.
-        versions: Of the weights that drew each id; None if no log-probabilities were asked for.
-        top_log_probs: Before each id, the most probable tokens with their log-probabilities (as in `log_probs`), best
-            first; None if not asked for.
-    """
-
-    ids: list[int]
-    finish_reason: str
-    text: str | None = None
-    log_probs: list[float] | None = None
-    behaviour_log_probs: list[float] | None = None
-    versions: list[int] | None = None
-    top_log_probs: list[list[tuple[int, float]]] | None = None
-
-
-class Request:
-    """A prompt on its way through an engine, with n samples.
-
-    Attributes:
-        prompt_ids, params: as submitted.
-        completions: One a sample; they grow while the request runs.
-        cancelled: Whether somebody took it back.
-    """
-
-    def __init__(self, prompt_ids: list[int], params: SamplingParams, n: int, log_probs: bool) -> None:
-        self.prompt_ids, self.params = prompt_ids, params
-        self.completions = [
-            Completion([], "", None, *([], [], []) if log_probs else (None, None, None)) for _ in range(n)
-        ]
-        self.cancelled = False
-        self._wants_log_probs = log_probs
-        self._top = 0
-        self._on_token: OnSampleToken | None = None
-        self._decode: Decode | None = None
-        self._unfinished = self._waiting = n
-        self._read: _PromptRead | None = None  # the prompt's keys and values while samples wait for a slot
-
-    @property
-    def done(self) -> bool:
-        """Whether all samples have ended."""
-        return self._unfinished == 0
-
-
-@dataclass
-class _PromptRead:
-    """What samples that enter later need of a prompt: keys and values, and the logits behind it [V]."""
-
-    kv: torch.Tensor
-    logits_V: torch.Tensor
-
-
-class _Sequence:
-    """One sample of a request: its tokens, how far they are in the cache, and when they end."""
-
-    def __init__(self, request: Request, index: int, stream: int, limit: int) -> None:
-        self.request, self.index, self.stream, self.limit = request, index, stream, limit
-        self.completion = request.completions[index]
-        self.ids = list(request.prompt_ids)  # prompt and new tokens
-        self.in_cache = 0  # how many of them the slot's row holds
-        self.decoding = False  # all but the last one, which a decode step takes
-        self.shares_prompt = False  # its row begins with the very bits that other samples' rows begin with
-        self.stop_ids = frozenset(request.params.stop_token_ids)
-        decode, stop = request._decode, request.params.stop
-        self.watcher = _StopWatcher(decode, stop) if decode and stop else None
-        self._uniforms: list[float] = []
-        self._uniforms_start = 0
-
-    @property
-    def is_prompt(self) -> bool:
-        """Whether nothing was sampled yet."""
-        return len(self.ids) == len(self.request.prompt_ids)
-
-    def next_uniform(self) -> float:
-        """The random number of the position that is sampled next."""
-        offset = len(self.ids) - self._uniforms_start
-        if not 0 <= offset < len(self._uniforms):
-            self._uniforms_start, offset = len(self.ids), 0
-            self._uniforms = uniforms(self.request.params.seed, self.stream, len(self.ids), UNIFORMS_BLOCK).tolist()
-        return self._uniforms[offset]
 
 
 @dataclass
@@ -223,8 +129,8 @@ class Engine:
         self._native = NativeDecoder(self.decoder, slots) if native else None
         self._prefix = PrefixCache(prefix_cache_tokens, INVARIANT_CHUNK if batch_invariant else PREFIX_BLOCK)
         self._counters = EngineStats(slots)
-        self._waiting: deque[_Sequence] = deque()
-        self._rows: list[_Sequence | None] = [None] * slots
+        self._waiting: deque[RunningSequence] = deque()
+        self._rows: list[RunningSequence | None] = [None] * slots
         self._used = 0  # rows 0 .. _used - 1 are computed
         self._cache = self._new_cache(1)
         self._sampling: SamplingTensors | None = None  # of the used rows; None: to be made again
@@ -269,13 +175,10 @@ class Engine:
         streams = list(range(n)) if sequence_ids is None else list(map(int, sequence_ids))
         if n < 1 or len(streams) != n:
             raise ValueError(f"{n} samples and {len(streams)} sequence ids; give at least one sample and one id each")
-        request = Request(prompt, params, n, log_probs)
-        request._on_token, request._decode = on_token, decode
-        request._top = min(top_log_probs, self.model.config.vocab_size)
-        for completion in request.completions if request._top else ():
-            completion.top_log_probs = []
+        top_log_probs = min(top_log_probs, self.model.config.vocab_size)
+        request = Request(prompt, params, n, log_probs, top_log_probs, on_token, decode)
         limit = min(params.max_new_tokens, self.max_length - len(prompt))
-        self._waiting += [_Sequence(request, index, stream, limit) for index, stream in enumerate(streams)]
+        self._waiting += [RunningSequence(request, index, stream, limit) for index, stream in enumerate(streams)]
         return request
 
     def check(
@@ -314,7 +217,7 @@ class Engine:
         self._rows = [None if s is not None and s.request is request else s for s in self._rows]
         for completion in request.completions:
             completion.finish_reason = completion.finish_reason or "cancelled"
-        request.cancelled, request._unfinished, request._read = True, 0, None
+        request.cancelled, request.unfinished, request.prompt_read = True, 0, None
 
     @property
     def has_work(self) -> bool:
@@ -394,7 +297,7 @@ class Engine:
             self._cache.kv.zero_()  # a weight of 0 does not make NaN of broken weights unseen
         for sequence in (*self._rows, *self._waiting):
             if sequence is not None:
-                sequence.in_cache, sequence.decoding, sequence.request._read = 0, False, None
+                sequence.in_cache, sequence.decoding, sequence.request.prompt_read = 0, False, None
                 sequence.shares_prompt = False
         return self.version
 
@@ -455,11 +358,11 @@ class Engine:
         for row in range(self.slots):
             if self._rows[row] is None and self._waiting:
                 sequence = self._waiting.popleft()
-                sequence.request._waiting -= 1
+                sequence.request.waiting -= 1
                 self._rows[row] = sequence
                 self._prepare_row(row, sequence)
 
-    def _prepare_row(self, row: int, sequence: _Sequence) -> None:
+    def _prepare_row(self, row: int, sequence: RunningSequence) -> None:
         """Sets what belongs to a slot besides the cache."""
         self._sampling = None
         params, shape = sequence.request.params, (self.slots, self.model.config.vocab_size)
@@ -517,7 +420,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
-    def _read_prompts(self, unread: list[tuple[int, _Sequence]]) -> tuple[dict[int, torch.Tensor], list[int]]:
+    def _read_prompts(self, unread: list[tuple[int, RunningSequence]]) -> tuple[dict[int, torch.Tensor], list[int]]:
         """Reads prompts into the cache; the logits [V] behind those that are read to their end, by row, and the rows of
         short ones, which the compiled step takes along."""
         budget = self.prefill_chunk
@@ -529,7 +432,7 @@ class Engine:
         # What is begun goes first: a sibling that came into a lower row must not begin anew
         for row, sequence in sorted(unread, key=lambda one: -one[1].in_cache):
             request = sequence.request
-            if sequence.is_prompt and (request._read is not None or request in leads):
+            if sequence.is_prompt and (request.prompt_read is not None or request in leads):
                 continue
             if sequence.is_prompt:
                 leads[request] = row
@@ -561,7 +464,7 @@ class Engine:
         return sequence is not None and sequence.in_cache == len(sequence.ids)
 
     def _share(
-        self, unread: list[tuple[int, _Sequence]], ends: dict[int, torch.Tensor]
+        self, unread: list[tuple[int, RunningSequence]], ends: dict[int, torch.Tensor]
     ) -> list[tuple[int, torch.Tensor]]:
         """Copies what one sample of a request read to its other samples; all rows that are ready now, with logits."""
         readers = {}
@@ -578,22 +481,22 @@ class Engine:
             elif sequence.is_prompt and request in readers:
                 self._cache.copy_row(readers[request], row, len(sequence.ids))
                 ready.append((row, ends[readers[request]]))
-            elif sequence.is_prompt and request._read is not None:
-                self._cache.write(row, 0, request._read.kv)
-                ready.append((row, request._read.logits_V))
+            elif sequence.is_prompt and request.prompt_read is not None:
+                self._cache.write(row, 0, request.prompt_read.kv)
+                ready.append((row, request.prompt_read.logits_V))
             else:
                 continue
             sequence.in_cache, sequence.shares_prompt = len(sequence.ids), sequence.is_prompt
         for request, row in readers.items():
-            if request._waiting:
+            if request.waiting:
                 kv = self._cache.read(row, 0, len(request.prompt_ids))
-                request._read = _PromptRead(kv, ends[row].clone())
+                request.prompt_read = PromptRead(kv, ends[row].clone())
         for _, sequence in unread:
-            if not sequence.request._waiting:
-                sequence.request._read = None
+            if not sequence.request.waiting:
+                sequence.request.prompt_read = None
         return ready
 
-    def _find_prefix(self, row: int, sequence: _Sequence) -> None:
+    def _find_prefix(self, row: int, sequence: RunningSequence) -> None:
         """Copies what is known of the beginning; at least one token is left, to compute the logits behind it."""
         found = self._prefix.find(sequence.ids[:-1])
         if found:
@@ -728,7 +631,7 @@ class Engine:
     def _sample(self, logits_BV: torch.Tensor, chosen: list[bool]) -> list[Request]:
         """Samples the next token of the chosen rows; the requests that end with it."""
         rows = self._rows[: self._used]
-        wanted = any(s is not None and s.request._wants_log_probs for s in rows)
+        wanted = any(s is not None and s.request.log_probs for s in rows)
         ids, log_probs, behaviour = self._draw(logits_BV, chosen, wanted)
         assert self._sampling is not None
         if self._seen_BV is not None and self._sampling.repetition_penalty is not None:
@@ -748,15 +651,15 @@ class Engine:
                 completion.versions.append(self.version)
             if completion.top_log_probs is not None:
                 temperature = request.params.temperature or 1.0
-                best = (logits_BV[row].double() / temperature).log_softmax(-1).topk(request._top)
+                best = (logits_BV[row].double() / temperature).log_softmax(-1).topk(request.top_log_probs)
                 completion.top_log_probs.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
-            if request._on_token is not None:
-                news.append((request, sequence.index, ids[row], log_probs[row] if request._wants_log_probs else None))
+            if request.on_token is not None:
+                news.append((request, sequence.index, ids[row], log_probs[row] if request.log_probs else None))
             if self._take(row, sequence, ids[row]) and request.done:
                 finished.append(request)
         for request, index, token, log_prob in news:  # all rows are in order now, whatever a callback does
-            if request._on_token is not None and not request.cancelled:
-                request._on_token(index, token, log_prob)
+            if request.on_token is not None and not request.cancelled:
+                request.on_token(index, token, log_prob)
         return finished
 
     def _draw(self, logits_BV: torch.Tensor, chosen: list[bool], log_probs: bool) -> _Drawn:
@@ -784,7 +687,7 @@ class Engine:
             return drawn.ids.tolist(), [], []
         return drawn.ids.tolist(), drawn.log_probs.tolist(), drawn.behaviour_log_probs.tolist()
 
-    def _take(self, row: int, sequence: _Sequence, token: int) -> bool:
+    def _take(self, row: int, sequence: RunningSequence, token: int) -> bool:
         """Adds a sampled token to a sequence; whether it ended with it."""
         request, completion = sequence.request, sequence.completion
         sequence.in_cache = len(sequence.ids)
@@ -800,12 +703,12 @@ class Engine:
         completion.finish_reason = "stop" if stopped else "length"
         if sequence.watcher is not None:
             completion.text = sequence.watcher.text()
-        elif request._decode is not None:
-            completion.text = request._decode(completion.ids[:-1] if token in sequence.stop_ids else completion.ids)
+        elif request.decode is not None:
+            completion.text = request.decode(completion.ids[:-1] if token in sequence.stop_ids else completion.ids)
         if not self.batch_invariant:  # what decode steps wrote is not bit for bit what reading the text would write
             self._prefix.store(sequence.ids[: sequence.in_cache], partial(self._cache.read, row))
         self._rows[row] = None
-        request._unfinished -= 1
+        request.unfinished -= 1
         return True
 
 
@@ -823,172 +726,3 @@ def cache_bytes(model: MiniGPT, slots: int, tokens: int) -> int:
 
 
 IDLE = SamplingParams(temperature=0.0)  # of a row that nobody uses
-
-
-def generate(
-    model: MiniGPT,
-    prompts: Sequence[Sequence[int]] | torch.Tensor,
-    params: SamplingParams | Sequence[SamplingParams],
-    *,
-    decode: Decode | None = None,
-    on_token: OnToken | None = None,
-    log_probs: bool = False,
-    sequence_ids: Sequence[int] | None = None,
-    batch_size: int = 64,
-    batch_invariant: bool = False,
-) -> list[Completion]:
-    """Continues every prompt; equal prompts with equal params are read once.
-
-    Args:
-        model: In training or evaluation mode; there is no dropout here.
-        prompts: Token ids, of any lengths; or int64 [B, T].
-        params: For all prompts, or one each.
-        decode: ids → text; needed for stop strings, and fills `Completion.text`.
-        on_token: Called as `on_token(prompt index, token id)` for every new token, in the order of its sequence.
-        log_probs: Record log-probabilities.
-        sequence_ids: Numbers of the random streams; by default the index in `prompts`.
-        batch_size: Sequences decoded together.
-        batch_invariant: Bit-equal results whatever else is in `prompts`; slower.
-
-    Returns:
-        One completion a prompt, in the order of the prompts.
-
-    Raises:
-        ValueError: for an empty or too long prompt, ids outside the vocabulary, or stop strings without `decode`.
-    """
-    texts = prompts.tolist() if isinstance(prompts, torch.Tensor) else [list(map(int, prompt)) for prompt in prompts]
-    settings = [params] * len(texts) if isinstance(params, SamplingParams) else list(params)
-    streams = list(range(len(texts))) if sequence_ids is None else list(map(int, sequence_ids))
-    if len(settings) != len(texts) or len(streams) != len(texts):
-        raise ValueError(
-            f"{len(texts)} prompts but {len(settings)} params and {len(streams)} sequence ids; give one each"
-        )
-    if not texts:
-        return []
-    slots = batch_size if batch_invariant else min(batch_size, len(texts))
-    engine = Engine(model, slots=slots, prefix_cache_tokens=0, batch_invariant=batch_invariant)
-    same: dict[tuple[SamplingParams | int, ...], list[int]] = {}
-    for i, (ids, p) in enumerate(zip(texts, settings, strict=True)):
-        engine.check(ids, p, decode=decode, name=f"prompt {i}")
-        same.setdefault((p, *ids), []).append(i)
-    completions: dict[int, Completion] = {}
-    for indices in same.values():
-        first = indices[0]
-        heard = None if on_token is None else _by_prompt(on_token, indices)
-        request = engine.submit(
-            texts[first],
-            settings[first],
-            n=len(indices),
-            sequence_ids=[streams[i] for i in indices],
-            on_token=heard,
-            decode=decode,
-            log_probs=log_probs,
-        )
-        completions |= zip(indices, request.completions, strict=True)
-    while engine.has_work:
-        engine.step()
-    return [completions[i] for i in range(len(texts))]
-
-
-def _by_prompt(on_token: OnToken, indices: list[int]) -> OnSampleToken:
-    return lambda sample, token, _: on_token(indices[sample], token)
-
-
-def stream(model: MiniGPT, prompt_ids: Sequence[int], params: SamplingParams, *, sequence_id: int = 0) -> Iterator[int]:
-    """Yields the new ids of one prompt as they come, a stop token included; closing the iterator stops the work.
-
-    Stop strings are the business of whoever turns ids into text (`text.TextStream`, `text.StopStrings`).
-
-    Raises:
-        ValueError: for an empty or too long prompt or ids outside the vocabulary (at the first `next`).
-    """
-    engine = Engine(model, slots=1, prefix_cache_tokens=0)
-    engine.check(list(prompt_ids), replace(params, stop=()), name="prompt 0")
-    yield from engine.stream(prompt_ids, params, sequence_id=sequence_id)
-
-
-def generate_ids(
-    model: MiniGPT,
-    input_ids: torch.Tensor,
-    max_new_tokens: int = 128,
-    *,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    attention_mask: torch.Tensor | None = None,
-    seed: int = 0,
-) -> torch.Tensor:
-    """Continues a tensor of prompts: what `MiniGPT.generate` returns.
-
-    Greedy as in transformers, unless `do_sample=True` or one of temperature (above 0), top_k, top_p and min_p is given.
-
-    Args:
-        model: In training or evaluation mode; it is only read.
-        input_ids: int64 [B, T].
-        max_new_tokens: Most tokens to add; fewer when the context is used up.
-        do_sample: True samples, False is greedy, None decides as said above.
-        temperature: 1 when sampling and not given; 0 is greedy.
-        top_k: 0 or None keeps all.
-        top_p: None keeps all.
-        min_p: None keeps all.
-        repetition_penalty: 1 does nothing.
-        eos_token_id: One or several ids that end a row; () never ends early; None takes the ids that the model was
-            loaded with (`model.eos_token_ids`), otherwise those of MiniGPT's own tokenizer (<|im_end|>, <|endoftext|>).
-        pad_token_id: Fills the rows that ended; by default the last of the ids that end a row.
-        attention_mask: [B, T], 0 at padding, which may lie on either side.
-        seed: Of the random streams; row i draws from stream (seed, i).
-
-    Returns:
-        int64 [B, T + N]: `input_ids` as given, then the new ids.
-    """
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give [batch, tokens]")
-    if do_sample is None:
-        do_sample = temperature != 0 and any(option is not None for option in (temperature, top_k, top_p, min_p))
-    if eos_token_id is None:
-        eos_token_id = stop_token_ids(model)
-    eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
-    params = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=(1.0 if temperature is None else temperature) if do_sample else 0.0,
-        top_k=top_k or 0,
-        top_p=1.0 if top_p is None else top_p,
-        min_p=min_p or 0.0,
-        repetition_penalty=repetition_penalty,
-        stop_token_ids=eos,
-        seed=seed,
-    )
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-    completions = generate(model, prompts, params)
-    pad = pad_token_id if pad_token_id is not None else (eos[-1] if eos else 0)
-    longest = max((len(c.ids) for c in completions), default=0)
-    new = [c.ids + [pad] * (longest - len(c.ids)) for c in completions]
-    new_ids = torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device).view(len(new), longest)
-    return torch.cat([input_ids, new_ids], dim=1)
-
-
-def stop_token_ids(model: MiniGPT) -> tuple[int, ...]:
-    """The ids that end an answer of this model: those it was loaded with, or else those of MiniGPT's own tokenizer."""
-    loaded: Any = getattr(model, "eos_token_ids", None)
-    return tuple(loaded) if loaded else END_IDS
-
-
-class _StopWatcher:
-    """The text of one row up to its first stop string."""
-
-    def __init__(self, decode: Decode, stop: Sequence[str]) -> None:
-        self._decoder, self._stop, self._parts = TextStream(decode), StopStrings(stop), [""]
-
-    def push(self, token: int) -> bool:
-        self._parts.append(self._stop.push(self._decoder.push(token)))
-        return self._stop.found is not None
-
-    def text(self) -> str:
-        self._parts += [self._stop.push(self._decoder.flush()), self._stop.flush()]
-        return "".join(self._parts)

@@ -394,7 +394,7 @@ class MiniGPT(DecoderModel):
         """Continue each row of `input_ids` [B, T]; greedy unless `temperature` (or another option) says otherwise.
 
         Args:
-            input_ids: int64 [B, T] prompts of equal length (ragged ones: `minigpt.generation.engine.generate`).
+            input_ids: int64 [B, T] prompts of equal length (ragged ones: `minigpt.generation.generate.generate`).
             max_new_tokens: At most this many tokens are added.
             **sampling: temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id, seed: see
                 `minigpt.generation.sampling.SamplingParams`.
@@ -402,7 +402,7 @@ class MiniGPT(DecoderModel):
         Returns:
             int64 [B, T + new]: prompt and continuation; behind a row's end of text stands the end-of-text id.
         """
-        from minigpt.generation.engine import generate_ids
+        from minigpt.generation.generate import generate_ids
 
         return generate_ids(self, input_ids, max_new_tokens=max_new_tokens, **sampling)
 

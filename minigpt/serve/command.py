@@ -231,7 +231,7 @@ def _serve(options: ServeOptions, listening: socket.socket) -> bool:
     """Loads the model and serves until a signal; True when the engine broke."""
     import uvicorn
 
-    from minigpt.generation.engine import stop_token_ids
+    from minigpt.generation.generate import stop_token_ids
     from minigpt.generation.load import load_for_inference, stage_of
     from minigpt.serve.app import Served, make_app
     from minigpt.serve.worker import EngineWorker

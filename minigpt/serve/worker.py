@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from minigpt.serve.schemas import ApiError
 
 if TYPE_CHECKING:
-    from minigpt.generation.engine import Engine, Request
+    from minigpt.generation.engine import Engine
+    from minigpt.generation.request import Request
     from minigpt.generation.sampling import SamplingParams
     from minigpt.generation.text import Decode
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minigpt.generation.engine import generate as ours
+from minigpt.generation.generate import generate as ours
 from minigpt.generation.sampling import SamplingParams
 
 

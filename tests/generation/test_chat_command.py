@@ -15,7 +15,7 @@ from minigpt.errors import UserError
 from minigpt.generation import chat as chat_module
 from minigpt.generation.chat import Conversation, Terminal
 from minigpt.generation.command import GenerateOptions, run_generate
-from minigpt.generation.engine import generate
+from minigpt.generation.generate import generate
 from minigpt.generation.load import load_for_inference
 from minigpt.generation.sampling import SamplingParams
 

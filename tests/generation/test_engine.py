@@ -9,8 +9,10 @@ import torch
 
 from minigpt.generation import engine as engine_module
 from minigpt.generation import sampling
-from minigpt.generation.engine import Engine, Request, generate
+from minigpt.generation.engine import Engine
+from minigpt.generation.generate import generate
 from minigpt.generation.native import NativeDecoder
+from minigpt.generation.request import Request
 from minigpt.generation.sampling import SamplingParams
 from minigpt.model.model_lora import apply_lora
 from minigpt.model.model_minigpt import MiniGPT

@@ -9,8 +9,9 @@ import torch
 from test_sampling import exact_distribution
 
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.engine import Completion, generate, generate_ids, stream
+from minigpt.generation.generate import generate, generate_ids, stream
 from minigpt.generation.native import NativeDecoder
+from minigpt.generation.request import Completion
 from minigpt.generation.sampling import SamplingParams
 
 NEAR_TIE = 1e-5  # two candidates closer than this may change places between a batch of one and a batch of many

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.engine import Engine, generate
+from minigpt.generation.engine import Engine
+from minigpt.generation.generate import generate
 from minigpt.generation.graphs import StaticDecoder, attend_together, graphs_wanted, length_bucket, rows_bucket
 from minigpt.generation.sampling import SamplingParams
 from minigpt.model.attention import _grouped_queries

@@ -305,7 +305,9 @@ def test_a_network_that_has_diverged_gives_a_token_of_the_vocabulary(logit):
 @pytest.mark.parametrize("reason", [{"CXX": "no-such-compiler"}, {"CXX": "false"}, {"MINIGPT_NATIVE": "0"}], ids=str)
 def test_without_a_compiler_the_engine_computes_with_torch(tmp_path, reason):
     code = (
-        "from minigpt.generation.engine import Engine, generate, SamplingParams\n"
+        "from minigpt.generation.engine import Engine\n"
+        "from minigpt.generation.generate import generate\n"
+        "from minigpt.generation.sampling import SamplingParams\n"
         "from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig\n"
         "model = MiniGPT(MiniGPTConfig(vocab_size=97, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))\n"
         "assert Engine(model)._native is None\n"

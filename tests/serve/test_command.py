@@ -20,7 +20,8 @@ from scripted_server import CONTEXT, SHIPPED, scripted_model, start_server, stop
 import minigpt
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.errors import UserError
-from minigpt.generation.engine import cache_bytes, generate
+from minigpt.generation.engine import cache_bytes
+from minigpt.generation.generate import generate
 from minigpt.generation.load import load_for_inference
 from minigpt.generation.sampling import SamplingParams
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig

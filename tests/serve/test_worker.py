@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from minigpt.generation.engine import Request
+from minigpt.generation.request import Request
 from minigpt.generation.sampling import SamplingParams
 from minigpt.serve import worker
 from minigpt.serve.schemas import ApiError
