@@ -12,9 +12,10 @@ reads a part of the prompts that are not read yet, and samples one token for eve
 
 The random numbers of a sequence come from its own stream (seed, sequence, position), see `sampling.uniforms`: they are
 the same alone, in any batch, and when a sequence is continued from its own beginning. Arithmetic is not, because a
-product of 3 rows may round otherwise than one of 16. With `batch_invariant=True` everything that a sequence computes
-has shapes that depend on nothing but the sequence, so its tokens and log-probabilities are equal bit for bit whatever
-runs beside it, and before or after it.
+product of 3 rows may round otherwise than one of 16. With `batch_invariant=True` a sequence's tokens and
+log-probabilities are equal bit for bit whatever runs beside it, and before or after it: the compiled step on a CPU
+computes every row as if it were alone, and reads all prompts then; torch gets shapes that depend on nothing but the
+sequence.
 
 One thread drives an engine. Shapes: B rows in use, N packed tokens, V vocabulary, H query heads, G key/value heads, D
 head size, L tokens of a row.
@@ -90,7 +91,7 @@ class Engine:
         model: A MiniGPT; its weights are read when the engine is made and at `load_weights` or `refresh`.
         slots: Sequences that are decoded together.
         max_length: Most tokens of a sequence, prompt and continuation; None: the model's context.
-        batch_invariant: Compute every sequence in the same way whatever runs beside it. Slower.
+        batch_invariant: Compute every sequence in the same way whatever runs beside it. Slower, with torch much.
         prefix_cache_tokens: So many tokens of earlier texts are kept for texts that begin like them; 0: none.
         prefill_chunk: About so many prompt tokens are read between two decode steps.
         cuda_graphs: Decode in few fixed shapes, recorded on a GPU (`graphs.py`). None: on a GPU, unless
@@ -127,7 +128,8 @@ class Engine:
         self._static = StaticDecoder(self.decoder, slots) if static else None
         native = not static and NativeDecoder.covers(self.decoder)
         self._native = NativeDecoder(self.decoder, slots) if native else None
-        self._prefix = PrefixCache(prefix_cache_tokens, INVARIANT_CHUNK if batch_invariant else PREFIX_BLOCK)
+        self._apart = batch_invariant and not native  # torch computes every sequence in shapes of its own
+        self._prefix = PrefixCache(prefix_cache_tokens, INVARIANT_CHUNK if self._apart else PREFIX_BLOCK)
         self._counters = EngineStats(slots)
         self._waiting: deque[RunningSequence] = deque()
         self._rows: list[RunningSequence | None] = [None] * slots
@@ -339,10 +341,10 @@ class Engine:
         decoding = [sequence is not None and sequence.decoding for sequence in self._rows[: self._used]]
         unread = [(row, s) for row, s in enumerate(self._rows[: self._used]) if s is not None and not s.decoding]
         self._reserve()
-        ends, short = self._read_prompts(unread)
+        ends, taken_along = self._read_prompts(unread)
         if self._native is not None:
-            logits_BV = self._decode_natively(self._native, decoding, short)
-            ends |= {row: logits_BV[row] for row in short}
+            logits_BV = self._decode_natively(self._native, decoding, taken_along)
+            ends |= {row: logits_BV[row] for row in taken_along if self._is_read(row)}
         elif any(decoding):
             logits_BV = self._decode(decoding)
         else:
@@ -382,7 +384,7 @@ class Engine:
         """Moves the last rows into free slots before them, so that a step computes no more rows than it must."""
         taken = [row for row, sequence in enumerate(self._rows) if sequence is not None]
         used = len(taken)
-        if self.batch_invariant:
+        if self._apart:
             used = self.slots if taken else 0
         else:
             gaps = [row for row in range(used) if self._rows[row] is None]
@@ -420,12 +422,14 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
-    def _read_prompts(self, unread: list[tuple[int, RunningSequence]]) -> tuple[dict[int, torch.Tensor], list[int]]:
-        """Reads prompts into the cache; the logits [V] behind those that are read to their end, by row, and the rows of
-        short ones, which the compiled step takes along."""
+    def _read_prompts(
+        self, unread: list[tuple[int, RunningSequence]]
+    ) -> tuple[dict[int, torch.Tensor], dict[int, int]]:
+        """Reads prompts into the cache; the logits [V] behind those that are read to their end, by row, and of which
+        rows the compiled step takes how many tokens along."""
         budget = self.prefill_chunk
         ends: dict[int, torch.Tensor] = {}
-        short: list[int] = []
+        taken_along: dict[int, int] = {}
         whole: list[int] = []
         pieces: dict[int, int] = {}  # of these rows so many tokens
         leads: dict[Request, int] = {}  # the sample that reads the prompt, for the others of its request
@@ -441,13 +445,13 @@ class Engine:
             if sequence.in_cache == 0:
                 self._find_prefix(row, sequence)
             left = len(sequence.ids) - sequence.in_cache
-            if self.batch_invariant:
+            if self._apart:
                 while budget > 0 and left > 0:
                     ends |= self._read_pieces({row: min(left, INVARIANT_CHUNK)})
                     budget, left = budget - INVARIANT_CHUNK, left - INVARIANT_CHUNK
                 continue
-            if self._native is not None and left <= min(budget, SHORT_PROMPT):
-                short.append(row)
+            if self._native is not None and (self.batch_invariant or left <= min(budget, SHORT_PROMPT)):
+                taken_along[row] = min(left, budget)
             elif sequence.in_cache == 0 and left <= budget:
                 whole.append(row)
             else:
@@ -457,7 +461,7 @@ class Engine:
             ends |= self._read_whole(whole)
         if pieces:
             ends |= self._read_pieces(pieces)
-        return {row: logits for row, logits in ends.items() if self._is_read(row)}, short
+        return {row: logits for row, logits in ends.items() if self._is_read(row)}, taken_along
 
     def _is_read(self, row: int) -> bool:
         sequence = self._rows[row]
@@ -582,15 +586,17 @@ class Engine:
         if self._static is not None:
             return self._static.decode(ids, positions, self._cache)
         positions_B = torch.tensor(positions, device=self.device)
-        if self.batch_invariant:
+        if self._apart:
             attend = self._attend_alone(positions)
         else:
             attend = attend_together(self._cache, positions_B, max(positions) + 1)
         return self.decoder.logits(self.decoder.hidden(torch.tensor(ids, device=self.device), positions_B, attend))
 
-    def _decode_natively(self, native: NativeDecoder, decoding: list[bool], short: list[int]) -> torch.Tensor:
-        """The same in one call, which reads the rest of short prompts as well. Samples of a request read the prompt
-        where the first of them has it, so that it comes from memory once."""
+    def _decode_natively(
+        self, native: NativeDecoder, decoding: list[bool], taken_along: dict[int, int]
+    ) -> torch.Tensor:
+        """The same in one call, which reads so many tokens of the prompts in these rows as well. Samples of a request
+        read the prompt where the first of them has it, so that it comes from memory once."""
         last: list[tuple[int, ...]] = []
         lenders: dict[Request, int] = {}
         for row, sequence in enumerate(self._rows[: self._used]):
@@ -600,14 +606,15 @@ class Engine:
             lender = lenders.setdefault(sequence.request, row) if shared else row
             last.append((sequence.ids[-1], row, sequence.in_cache, lender, shared, True))
         tokens = [np.array(last, dtype=np.int64)] if last else []
-        for row in short:
+        for row, count in taken_along.items():
             sequence = self._rows[row]
             assert sequence is not None
-            start, sequence.in_cache = sequence.in_cache, len(sequence.ids)
-            piece = np.zeros((sequence.in_cache - start, 6), dtype=np.int64)
-            piece[:, 0], piece[:, 1], piece[:, 2] = sequence.ids[start:], row, np.arange(start, sequence.in_cache)
-            piece[:, 3], piece[-1, 5] = row, True
+            start, end = sequence.in_cache, sequence.in_cache + count
+            piece = np.zeros((count, 6), dtype=np.int64)
+            piece[:, 0], piece[:, 1], piece[:, 2], piece[:, 3] = sequence.ids[start:end], row, range(start, end), row
+            piece[-1, 5] = end == len(sequence.ids)
             tokens.append(piece)
+            sequence.in_cache = end
         if tokens:
             native.decode(np.concatenate(tokens), self._cache)
             self._counters.steps += bool(last)
@@ -705,7 +712,7 @@ class Engine:
             completion.text = sequence.watcher.text()
         elif request.decode is not None:
             completion.text = request.decode(completion.ids[:-1] if token in sequence.stop_ids else completion.ids)
-        if not self.batch_invariant:  # what decode steps wrote is not bit for bit what reading the text would write
+        if not self._apart:  # what decode steps wrote is not bit for bit what reading the text would write
             self._prefix.store(sequence.ids[: sequence.in_cache], partial(self._cache.read, row))
         self._rows[row] = None
         request.unfinished -= 1

@@ -170,10 +170,10 @@ def count_read_tokens(engine: Engine) -> list[int]:
 
     engine.decoder.hidden, natively = counting, engine._decode_natively
 
-    def counting_natively(native, decoding, short):
-        if short:
-            sizes.append(sum(len(engine._rows[row].ids) - engine._rows[row].in_cache for row in short))
-        return natively(native, decoding, short)
+    def counting_natively(native, decoding, taken_along):
+        if taken_along:
+            sizes.append(sum(taken_along.values()))
+        return natively(native, decoding, taken_along)
 
     engine._decode_natively = counting_natively
     return sizes
@@ -325,8 +325,8 @@ def test_batch_invariant_results_of_config_s_are_the_same_alone_and_in_a_batch_o
         assert answers([i])[i] == together[i]
 
 
-def test_batch_invariant_results_of_a_later_turn_do_not_depend_on_whether_the_earlier_one_ran_here(model):
-    """What decode steps wrote into the cache rounds otherwise than reading the same text, so it must not be reused."""
+def test_batch_invariant_results_of_a_later_turn_do_not_depend_on_whether_the_earlier_one_ran_here(model, computed_by):
+    """What torch's decode steps wrote into the cache rounds otherwise than reading the text, so it must not be reused."""
     prompt, params = prompts_of([100])[0], SamplingParams(max_new_tokens=200, seed=5)
     here = Engine(model, slots=4, batch_invariant=True)
     first = here.submit(prompt, params)
