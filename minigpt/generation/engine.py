@@ -163,7 +163,8 @@ class Engine:
             n: So many samples, which share the reading of the prompt.
             sequence_ids: Numbers of the random streams, one a sample; by default 0 .. n - 1.
             on_token: Called as `on_token(sample, token id, log-probability or None)` for every new token, when the
-                step that made it is over; it may cancel the request.
+                step that made it is over; it may cancel the request, whose completions keep what the step drew. What it
+                raises `step` raises, when all have been called.
             decode: ids → text; needed for stop strings, and fills `Completion.text`.
             log_probs: Record log-probabilities.
             top_log_probs: Record those of so many most probable tokens as well.
@@ -408,11 +409,11 @@ class Engine:
         return KVCache(self.model.config, self.slots, self._bucket(tokens), dtype, self.device)
 
     def _bucket(self, tokens: int) -> int:
-        """Room for so many tokens: few different sizes, and never more than the context."""
+        """Room for so many tokens: few different sizes."""
         length = CACHE_BUCKET
         while length < tokens:
             length *= 2
-        return min(length, self.max_length)
+        return max(min(length, self.max_length), PREFIX_BLOCK)  # compiled code reads some keys behind the last one
 
     def _reserve(self) -> None:
         """Makes the slots long enough for every token that is there."""
@@ -664,9 +665,15 @@ class Engine:
                 news.append((request, sequence.index, ids[row], log_probs[row] if request.log_probs else None))
             if self._take(row, sequence, ids[row]) and request.done:
                 finished.append(request)
+        failed: Exception | None = None
         for request, index, token, log_prob in news:  # all rows are in order now, whatever a callback does
             if request.on_token is not None and not request.cancelled:
-                request.on_token(index, token, log_prob)
+                try:
+                    request.on_token(index, token, log_prob)
+                except Exception as error:
+                    failed = failed or error
+        if failed is not None:  # everybody has been told
+            raise failed
         return finished
 
     def _draw(self, logits_BV: torch.Tensor, chosen: list[bool], log_probs: bool) -> _Drawn:

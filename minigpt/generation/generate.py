@@ -43,7 +43,7 @@ def generate(
         log_probs: Record log-probabilities.
         sequence_ids: Numbers of the random streams; by default the index in `prompts`.
         batch_size: Sequences decoded together.
-        batch_invariant: Bit-equal results whatever else is in `prompts`; slower.
+        batch_invariant: Bit-equal results whatever else is in `prompts`; slower where torch computes them.
 
     Returns:
         One completion a prompt, in the order of the prompts.

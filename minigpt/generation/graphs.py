@@ -38,7 +38,7 @@ def graphs_wanted(option: bool | None, device: torch.device, batch_invariant: bo
     Args:
         option: None leaves it to the device and to MINIGPT_CUDA_GRAPHS=0, which switches it off.
         device: Of the model.
-        batch_invariant: Rows are then computed one by one, in shapes of their own.
+        batch_invariant: Torch then computes rows one by one, in shapes of their own.
 
     Raises:
         ValueError: when both are asked for.

@@ -45,7 +45,7 @@ static inline void store(bf16* to, vec v) {
     std::memcpy(to, &h, sizeof h);
 }
 
-// COLUMNS weights of a panel. In bfloat16 weight i of the left half stands beside weight i of the right one.
+// COLUMNS weights of a panel. In bfloat16, but for tiles, weight i of the left half stands beside weight i of the right one.
 static inline void load_both(const float* from, vec& left, vec& right) { left = load(from), right = load(from + W); }
 static inline void load_both(const bf16* from, vec& left, vec& right) {
     words w;

@@ -70,8 +70,8 @@ class RLOptions:
         ray_address: A running Ray cluster to join (host:port of its head, or auto). null: RAY_ADDRESS, or a private
             one of this machine.
         rollout_slots: Answers that a sampler works on together.
-        batch_invariant: Sample so that every answer is bit-equal whatever runs beside it. Slower on a GPU; with compiled
-            code on a CPU hardly.
+        batch_invariant: Sample so that every answer is bit-equal whatever runs beside it. Slower, but
+            hardly where a CPU has compiled code.
         micro_batch_tokens: Tokens of a forward pass. null: 2,048 on a CPU, 32,768 on a GPU.
         eval_data: Held-out prompts: a packed folder (its held-out split, if it has one) or raw files. null: the
             validation split of the data.

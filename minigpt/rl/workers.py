@@ -23,6 +23,7 @@ import ray
 import torch
 
 from minigpt.errors import UserError
+from minigpt.generation.decoder import PREPARED_BYTES
 from minigpt.generation.engine import Engine as GenerationEngine
 from minigpt.generation.engine import cache_bytes
 from minigpt.model.attention import choose_backend
@@ -559,7 +560,7 @@ class PolicyWorker(TrainedWorker):
         try:
             self._transport.broadcast(on_host if device.type == "cpu" else self._end_to_end(bucket, device))
         except RuntimeError:
-            self._transport = None
+            self._leave_transport()  # or the others wait for it
 
     def _put(self, bucket: Bucket) -> ray.ObjectRef:
         """The bucket in the object store: straight from the weights on a CPU, by way of pinned memory from a GPU."""
@@ -774,7 +775,8 @@ class RolloutWorker(Worker):
         free = free_memory(self.device)
         if free is None:
             return wanted
-        free -= sum(p.numel() * p.element_size() for p in self.network.parameters())  # the engine's copy of the weights
+        weights = sum(p.numel() * p.element_size() for p in self.network.parameters())
+        free -= weights if weights <= PREPARED_BYTES else 0  # the engine copies them
         one = cache_bytes(self.network, 1, longest)
         fitting = int(CACHE_SHARE * free / one)
         if fitting < 1:

@@ -124,8 +124,12 @@ class Choice:
 
     def has_thinking(self) -> bool:
         """Whether there is a thinking part so far. An empty one is told as well: its tags stand in the prompt, and the
-        next one begins with the same tokens only if who sends the answer back says so."""
-        return isinstance(self.stream, AnswerStream) and "reasoning_content" in self.stream.message()
+        next one begins with the same tokens only if who sends the answer back says so. Not so where a model's template
+        has no place for thinking."""
+        if not isinstance(self.stream, AnswerStream):
+            return False
+        thinking, template = self.stream.message().get("reasoning_content"), self._encoder.template
+        return bool(thinking) or (thinking is not None and (template is None or template.shows_reasoning))
 
     def failed_calls(self) -> str:
         """Visible text of tool calls that are no JSON, to be shown as the text that it is."""

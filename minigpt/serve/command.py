@@ -178,15 +178,19 @@ def make_engine(model: MiniGPT, options: ServeOptions) -> Engine:
     if chunk is None:
         on_cpu = device.type == "cpu"
         chunk = prefill_tokens(model.num_parameters(), torch.get_num_threads()) if on_cpu else PREFILL_CHUNK
+    free = _free_memory(device)
+    if cache_bytes(model, options.slots, LEAST_LENGTH) > MEMORY_SHARE * free:
+        choose_length(model, options, free)  # refuses, before anything is allocated
+    prefix_tokens = min(PREFIX_TOKENS, free // (4 * cache_bytes(model, 1, 1)))
     engine = Engine(
         model,
         slots=options.slots,
         max_length=options.max_length,
-        prefix_cache_tokens=PREFIX_TOKENS,
+        prefix_cache_tokens=prefix_tokens,
         prefill_chunk=chunk,
     )
     # Only now: the engine has copied the weights. Its cache is small yet, and grows up to the length that is set here
-    free = _free_memory(device) - cache_bytes(model, 1, PREFIX_TOKENS)
+    free = _free_memory(device) - cache_bytes(model, 1, prefix_tokens)
     engine.max_length = choose_length(model, options, max(free, 0))
     return engine
 

@@ -40,7 +40,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 NOT_END_TO_END = ("offload_optimizer", "round_robin_gradients", "parameter_alignment")
 # Its keys that our own options decide
 OURS = (
-    *("optimizer", "scheduler", "fp16"),
+    *("optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types"),
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
 )
 

@@ -189,8 +189,9 @@ class Trainer:
         self.run_folder.check_resumable(state, self.data, self.network, self._engine_identity())
         checkpoint.load(self.engine, folder)
         self.progress = _Progress(**state["progress"])
-        if state["options"].get("stop_when") != self.options.stop_when:
-            self.progress.goal_reached = False
+        judged_by = ("stop_when", "eval_tasks", "eval_limit", "eval_thinking")
+        if any(state["options"].get(name) != getattr(self.options, name) for name in judged_by):
+            self.progress.goal_reached, self.progress.validated_step = False, -1  # these weights are judged anew
         self.saved_step = self.progress.step
         self.total_steps = total_steps(self.options, len(self.data), self.progress)
         self.run_folder.say(f"resuming from {folder} at step {self.progress.step} of {self.total_steps}")

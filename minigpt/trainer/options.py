@@ -56,7 +56,7 @@ class TrainOptions:
         global_batch_size: Rows of packed tokens per optimizer step over all devices (--batch_size is the same).
         micro_batch_size: Rows in one forward pass of one device. None: as many as fit a sensible pass.
         optimizer: adamw; muon: orthogonalised momentum for the matrices, AdamW for the rest, learns much faster;
-            auto: muon up to ZeRO stage 2, adamw at stage 3.
+            auto: muon up to ZeRO stage 2 where gradients are neither offloaded nor reordered or padded, else adamw.
         learning_rate: Peak learning rate.
         schedule: How the rate falls after the warm-up: cosine, wsd (constant, then linear over the last fifth),
             constant.

@@ -326,7 +326,7 @@ def test_batch_invariant_results_of_config_s_are_the_same_alone_and_in_a_batch_o
 
 
 def test_batch_invariant_results_of_a_later_turn_do_not_depend_on_whether_the_earlier_one_ran_here(model, computed_by):
-    """What torch's decode steps wrote into the cache rounds otherwise than reading the text, so it must not be reused."""
+    """What torch's decode steps wrote rounds otherwise than reading the text, so it must not be used again."""
     prompt, params = prompts_of([100])[0], SamplingParams(max_new_tokens=200, seed=5)
     here = Engine(model, slots=4, batch_invariant=True)
     first = here.submit(prompt, params)
@@ -438,13 +438,16 @@ def test_a_callback_that_fails_harms_nobody(model):
         calls += 1
         raise RuntimeError("not today")
 
-    requests = [engine.submit(ids, params, on_token=fail if i == 0 else None) for i, ids in enumerate(prompts)]
+    heard = []
+    callbacks = (fail, lambda sample, token, log_prob: heard.append(token), None)
+    requests = [engine.submit(ids, params, on_token=c) for ids, c in zip(prompts, callbacks, strict=True)]
     while engine.has_work:
         try:
             engine.step()
         except RuntimeError:
             continue
     assert calls == 8
+    assert heard == requests[1].completions[0].ids
     assert [r.completions[0].ids for r in requests] == [greedy(model, ids, 8) for ids in prompts]
 
 

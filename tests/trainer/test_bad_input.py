@@ -209,6 +209,7 @@ def test_deepspeed_files_that_cannot_be_used(packed, tmp_path, refused):
         {"train_batch_size": 32},
         {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"},
         {"gradient_accumulation_steps": 2},
+        {"gradient_clipping": 0.5, "bf16": {"enabled": False}},
         {"fp16": {"enabled": True}},
     ],
     ids=" ".join,

@@ -61,6 +61,9 @@ def test_a_run_ends_when_its_goal_is_reached(train, minigpt, packed, texts, ques
     )
     assert json.loads((tmp_path / "easy" / "summary.json").read_text())["steps"] == 2
     (tmp_path / "easy" / "summary.json").unlink()
+    train("pretrain", *common, *goal, "questions/accuracy>=-1", "--save_dir", tmp_path / "easy")
+    assert json.loads((tmp_path / "easy" / "summary.json").read_text())["steps"] == 2, "another goal, met already"
+    (tmp_path / "easy" / "summary.json").unlink()
     train("pretrain", *common, *goal, "questions/accuracy>=1.1", "--save_dir", tmp_path / "easy")
     assert json.loads((tmp_path / "easy" / "summary.json").read_text())["steps"] == 6, "another goal goes on"
     train("pretrain", *common, *goal, "questions/accuracy>=1.1", "--save_dir", tmp_path / "never")

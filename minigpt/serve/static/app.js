@@ -55,6 +55,10 @@ function load() {
   try {
     const kept = JSON.parse(localStorage.getItem(STORE)) ?? {};
     if (Array.isArray(kept.conversations)) state.conversations = kept.conversations.filter((c) => Array.isArray(c?.messages));
+    for (const c of state.conversations) {
+      // kept by an earlier page, for which an empty `reasoning` said nothing
+      if (!Number.isInteger(c.first)) for (const m of c.messages) if (!m?.reasoning) delete m?.reasoning;
+    }
     if (kept.settings && typeof kept.settings === "object") state.settings = kept.settings;
     if (kept.language in WORDS) state.language = kept.language;
     if (["auto", "light", "dark"].includes(kept.theme)) state.theme = kept.theme;
