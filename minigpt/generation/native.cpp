@@ -17,13 +17,7 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#include "../model/vectors.h"
+#include "../model/tiles.h"
 
 constexpr int BLOCK = 4 * W;     // tokens whose probabilities are summed up before one of them is chosen
 constexpr int SPARE = 14, DEPTH = 8;  // as SPARE and COLUMN in sampling.py
@@ -66,28 +60,10 @@ struct Row {
 // W: the weights are packed in vectors of that length.
 extern "C" int vector_width() { return W; }
 
-// AMX: Intel's processors multiply tiles of 16 rows of 32 numbers in bfloat16 by tiles of 16 columns. The rows are rounded to
-// bfloat16 then, as torch does it, and a panel holds pairs: a word is weights k and k + 1 of a column.
-constexpr int TILE = 16, TILED_ROWS = 2 * TILE;
-#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
-// Whether the system lends this process the tiles: Linux wants to be asked.
-extern "C" int has_tiles() {
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    static const bool lent = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-    return lent;
-}
-
-// A thread's tiles, for as long as this lives: eight of 16 rows of 64 bytes.
-struct Tiles {
-    Tiles() {
-        struct alignas(64) { uint8_t palette = 1, row = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } shape;
-        std::fill(shape.bytes, shape.bytes + 8, 4 * TILE), std::fill(shape.rows, shape.rows + 8, TILE);
-        asm volatile("" : : "r"(&shape) : "memory");  // GCC believes that only the first bytes are read
-        if (has_tiles()) _tile_loadconfig(&shape);
-    }
-    ~Tiles() { if (has_tiles()) _tile_release(); }
-};
-
+// By tiles the rows are rounded to bfloat16, as torch does it, and a panel holds pairs: a word is weights k and k + 1 of a
+// column.
+constexpr int TILED_ROWS = 2 * TILE;
+#if TILES
 // The products of up to TILED_ROWS rows; there must be memory behind the last one of x for so many.
 template <class Use>
 static inline void multiply_tiles(const bf16* x, int64_t row, int64_t rows, int64_t width, const bf16* panel, Use use) {
@@ -110,8 +86,6 @@ static inline void multiply_tiles(const bf16* x, int64_t row, int64_t rows, int6
     for (int64_t r = 0; r < std::min<int64_t>(rows - row, TILED_ROWS); r++) use(row + r, load(sums[r][0]), load(sums[r][1]));
 }
 #else
-extern "C" int has_tiles() { return false; }
-struct Tiles {};
 template <class Use>
 static inline void multiply_tiles(const bf16*, int64_t, int64_t, int64_t, const bf16*, Use) {}
 #endif

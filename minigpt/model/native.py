@@ -22,7 +22,7 @@ from minigpt.system import cache_folders, sync
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 COMPILE_SECONDS = 120
-HEADER = Path(__file__).with_name("vectors.h")  # what every source includes
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))  # what the sources include
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def build(source: Path) -> tuple[ctypes.CDLL | None, str]:
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None or os.environ.get("MINIGPT_NATIVE") == "0":
         return None, ""
-    code = (path.read_text(encoding="utf-8") for path in (source, HEADER))
+    code = (path.read_text(encoding="utf-8") for path in (source, *HEADERS))
     key = "\0".join((*code, *FLAGS, compiler, _processor()))
     name = f"{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     problem = "there is no folder to keep it in"

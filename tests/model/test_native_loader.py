@@ -1,11 +1,15 @@
 """Compiled code is kept where only its user can write; without such a place torch computes, and that is said."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import minigpt
+from minigpt.model.native import HEADERS
 
 PROGRAM = """
 import os, pwd, sys
@@ -59,6 +63,15 @@ def test_a_temporary_folder_that_others_can_write_to_is_not_loaded_from(trap, tm
     assert len(said.splitlines()) == 1
     assert said.startswith("note: code for this CPU could not be compiled (there is no folder to keep it in)")
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_name_of_a_library_depends_on_all_that_its_source_includes():
+    files = [path for path in Path(minigpt.__file__).parent.rglob("*") if path.suffix in (".cpp", ".h")]
+    found = {
+        (path.parent / name).resolve() for path in files for name in re.findall(r'#include "(.+)"', path.read_text())
+    }
+    assert len(found) == 2
+    assert found == {path.resolve() for path in HEADERS}
 
 
 def broken_compiler(folder: Path) -> str:
