@@ -43,7 +43,7 @@ class Delivery:
         """Make the policy's weights, as they are now, available; returns what its ranks return."""
         receiving = None if self.backend is None else self._begin(self.backend, version)
         results = self.policy.wait(self.policy.all("publish", version, receiving is not None), "publish")
-        self._versions[version] = results[0].value
+        self._versions[version] = Published.by_all([result.value for result in results])
         for rank, reference in enumerate(receiving or []):
             self._note_receipt(rank, reference, version)
         for old in sorted(self._versions)[:-VERSIONS_KEPT]:

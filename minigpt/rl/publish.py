@@ -2,8 +2,11 @@
 
 What is published are the bits that the policy computes with (its bf16 copy, adapters merged as its forward pass merges
 them), so that the sampler and the policy differ by kernels only. Or the adapter alone, for samplers that hold the
-frozen weights and merge it in the same way. All policy ranks walk the same buckets, because under ZeRO-3 a parameter is
-whole only while all ranks gather it; rank 0 copies.
+frozen weights and merge it in the same way.
+
+All policy ranks walk the same buckets. Into the store each puts what it has: under ZeRO-3 its share of every parameter,
+and who loads them puts the shares together, so that nothing is gathered; else rank 0 puts all. What is only whole where
+all ranks gather it, the sum of a weight and its adapter or what is broadcast, comes from rank 0 as well.
 """
 
 from __future__ import annotations
@@ -49,13 +52,24 @@ class Entry(NamedTuple):
         return self.nbytes + -self.nbytes % ALIGNMENT
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Some tensors: `data` is the bytes of each (uint8), a reference to their `slices` in Ray's store, or None:
-    elsewhere."""
+class Pieces(NamedTuple):
+    """A bucket at one rank: `data` is the bytes of each tensor (uint8, flat), or those that this rank has of it.
+
+    What the ranks have of a tensor lies in it in the order of the ranks; it may be nothing.
+    """
 
     entries: list[Entry]
-    data: Any
+    data: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some tensors: `data` are references to what each rank put into Ray's store of them, the `slices` of its pieces.
+
+    None: they are elsewhere."""
+
+    entries: list[Entry]
+    data: list[Any]
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,14 @@ class Published:
     @property
     def in_store(self) -> bool:
         """Whether they can be had by whoever holds this."""
-        return all(bucket.data is not None for bucket in self.buckets)
+        return all(bucket.data for bucket in self.buckets)
+
+    @classmethod
+    def by_all(cls, ranks: Sequence[Published]) -> Published:
+        """A version of which every rank published something."""
+        together = zip(*(one.buckets for one in ranks), strict=True)
+        buckets = [Bucket(each[0].entries, [data for one in each for data in one.data]) for each in together]
+        return cls(ranks[0].version, buckets)
 
 
 class _Item(NamedTuple):
@@ -80,6 +101,11 @@ class _Item(NamedTuple):
     needs: list[nn.Parameter]
 
     @property
+    def is_adapted(self) -> bool:
+        """Whether it is published as the sum of a weight and its adapter."""
+        return isinstance(self.module, LoRA) and len(self.needs) > 1 and self.parameter is self.module.weight
+
+    @property
     def entry(self) -> Entry:
         """Of the whole tensor, wherever ZeRO-3 has put its parts."""
         shape = getattr(self.parameter, "ds_shape", self.parameter.shape)
@@ -88,17 +114,27 @@ class _Item(NamedTuple):
 
 @torch.no_grad()
 def weight_buckets(
-    network: nn.Module, engine: Engine, bucket_bytes: int = BUCKET_BYTES, adapter_only: bool = False
-) -> Iterator[Bucket]:
+    network: nn.Module,
+    engine: Engine,
+    bucket_bytes: int = BUCKET_BYTES,
+    adapter_only: bool = False,
+    in_shares: bool = False,
+) -> Iterator[Pieces]:
     """The network's weights as its forward pass uses them, or its adapter's, as uint8 tensors on the engine's device.
 
-    All ranks walk it; only rank 0 gets any bytes. They are the weights themselves wherever these are whole, so what is
-    wanted of a bucket must be copied before the next one comes.
+    All ranks walk it; rank 0 gets whole tensors and the others nothing, or each its shares where `in_shares` allows it.
+    They are the weights themselves wherever possible, so what is wanted of a bucket must be copied before the next one
+    comes.
     """
     for items in _plan(network, bucket_bytes, adapter_only):
-        with engine.gathered([parameter for item in items for parameter in item.needs]):
-            entries = [item.entry for item in items] if engine.processes.rank == 0 else []
-            yield Bucket(entries, [_bytes_of(item) for item in items[: len(entries)]])
+        shares = [engine.share_of(item.parameter) if in_shares and not item.is_adapted else None for item in items]
+        missing = [item for item, share in zip(items, shares, strict=True) if share is None]
+        with engine.gathered([parameter for item in missing for parameter in item.needs]):
+            tensors = [
+                share if share is not None else _whole(item) if engine.processes.rank == 0 else torch.empty(0)
+                for item, share in zip(items, shares, strict=True)
+            ]
+            yield Pieces([item.entry for item in items], [tensor.view(torch.uint8) for tensor in tensors])
 
 
 def bucket_plan(network: nn.Module, bucket_bytes: int = BUCKET_BYTES, adapter_only: bool = False) -> list[list[Entry]]:
@@ -142,12 +178,13 @@ def _adapter_items(network: nn.Module) -> Iterator[_Item]:
             yield _Item(name, network, parameter, [parameter])
 
 
-def _bytes_of(item: _Item) -> torch.Tensor:
-    """uint8, flat; of an adapted weight, with its adapter merged."""
+def _whole(item: _Item) -> torch.Tensor:
+    """Flat; of an adapted weight, with its adapter merged."""
     tensor: torch.Tensor = item.parameter
-    if isinstance(item.module, LoRA) and len(item.needs) > 1 and item.parameter is item.module.weight:
+    if item.is_adapted:
+        assert isinstance(item.module, LoRA)
         tensor = item.module.adapted_weight()
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
+    return tensor.detach().contiguous().flatten()
 
 
 def data_bytes(entries: Sequence[Entry]) -> int:
@@ -161,10 +198,10 @@ def split(entries: Sequence[Entry], memory: torch.Tensor) -> list[torch.Tensor]:
     return [place[: entry.nbytes] for place, entry in zip(places, entries, strict=True)]
 
 
-def copy_into(bucket: Bucket, memory: torch.Tensor) -> None:
-    """Put the tensors of a bucket end to end into memory (uint8), where `split` finds them."""
-    for place, piece in zip(split(bucket.entries, memory), bucket.data, strict=True):
-        place.copy_(piece)
+def copy_into(pieces: Pieces, memory: torch.Tensor) -> list[torch.Tensor]:
+    """Copy the pieces of a bucket to where `split` finds its tensors in memory (uint8); returns the copies."""
+    places = zip(split(pieces.entries, memory), pieces.data, strict=True)
+    return [place[: len(piece)].copy_(piece) for place, piece in places]
 
 
 def tensors_in(entries: Sequence[Entry], data: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -189,11 +226,28 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(parts[0], (sum(map(len, parts)),), writeable=False)
 
 
-def unpack(published: Published, fetch: Callable[[Any], list[list[np.ndarray]]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of every weight; the tensors are read-only views of the `slices` that `fetch(bucket.data)`
-    returns."""
+def unpack(
+    published: Published,
+    fetch: Callable[[list[Any]], list[list[list[np.ndarray]]]],
+    memory: dict[str, np.ndarray] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of every weight, all of which must not be written to.
+
+    Args:
+        published: A version in the store.
+        fetch: From references to what they refer to: `slices` of each tensor, by rank.
+        memory: Where tensors that come in several shares are put together, by name; it is filled with memory, which the
+            next call uses again. Other tensors are views of what was fetched.
+    """
+    memory = {} if memory is None else memory
     for bucket in published.buckets:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch says that the arrays must not be written to
-            data = [torch.from_numpy(_joined(parts)) for parts in fetch(bucket.data)]
+        data = []
+        for entry, *by_rank in zip(bucket.entries, *fetch(bucket.data), strict=True):
+            shares = [share for share in map(_joined, by_rank) if len(share)] or [np.empty(0, np.uint8)]
+            if len(shares) > 1:
+                whole = memory.setdefault(entry.name, np.empty(entry.nbytes, np.uint8))
+                shares = [np.concatenate(shares, out=whole)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch says that the arrays must not be written to
+                data.append(torch.from_numpy(shares[0]))
         yield from tensors_in(bucket.entries, data)

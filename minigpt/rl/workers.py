@@ -51,6 +51,7 @@ from .publish import (
     VERSIONS_KEPT,
     Bucket,
     Entry,
+    Pieces,
     Published,
     bucket_plan,
     copy_into,
@@ -524,7 +525,7 @@ class PolicyWorker(TrainedWorker):
 
     @timed
     def publish(self, version: int, broadcast: bool = False) -> Published:
-        """The weights in the object store, or to all who listen; all ranks call it, rank 0's result counts.
+        """The weights in the object store, or to all who listen; all ranks call it, and `Published.by_all` joins them.
 
         A broadcast that fails is not told here, since the receivers know best what they have: all ranks go on to the
         last bucket, because under ZeRO-3 they gather it together, and `store` gives the version to whoever lacks it.
@@ -532,15 +533,12 @@ class PolicyWorker(TrainedWorker):
         kept = self._memory_to_keep() if broadcast else []
         buckets = []
         adapter_only = self.job.options.publish == "adapter"
-        for number, bucket in enumerate(weight_buckets(self.network, self.engine, adapter_only=adapter_only)):
-            if self.rank != 0:
-                continue
-            if broadcast:
-                copy_into(bucket, kept[number])
-                self._send(bucket, kept[number])
-                buckets.append(Bucket(bucket.entries, None))
-            else:
-                buckets.append(Bucket(bucket.entries, self._put(bucket)))
+        walk = weight_buckets(self.network, self.engine, adapter_only=adapter_only, in_shares=not broadcast)
+        for number, pieces in enumerate(walk):
+            if broadcast and self.rank == 0:
+                copy_into(pieces, kept[number])
+                self._send(pieces, kept[number])
+            buckets.append(Bucket(pieces.entries, [] if broadcast else self._put(pieces)))
         if kept:
             self._sent[version] = kept
         return Published(version, buckets)
@@ -553,33 +551,35 @@ class PolicyWorker(TrainedWorker):
             return self._sent.pop(min(self._sent))
         return [self._host_memory(data_bytes(entries)) for entries in self._plan_of_buckets()]
 
-    def _send(self, bucket: Bucket, on_host: torch.Tensor) -> None:
+    def _send(self, pieces: Pieces, on_host: torch.Tensor) -> None:
         if self._transport is None:
             return
         device = self._transport.device
         try:
-            self._transport.broadcast(on_host if device.type == "cpu" else self._end_to_end(bucket, device))
+            self._transport.broadcast(on_host if device.type == "cpu" else self._end_to_end(pieces, device)[0])
         except RuntimeError:
             self._leave_transport()  # or the others wait for it
 
-    def _put(self, bucket: Bucket) -> ray.ObjectRef:
-        """The bucket in the object store: straight from the weights on a CPU, by way of pinned memory from a GPU."""
-        data = bucket.data
+    def _put(self, pieces: Pieces) -> list[ray.ObjectRef]:
+        """What there is of a bucket, in the object store: from a CPU's weights, by way of pinned memory from a GPU."""
+        if not any(map(len, pieces.data)):
+            return []
         if self.device.type != "cpu":
-            data = split(bucket.entries, self._end_to_end(bucket, torch.device("cpu")))
-        return _store(data)
+            _, copies = self._end_to_end(pieces, torch.device("cpu"))
+            return _store(copies)
+        return _store(pieces.data)
 
-    def _end_to_end(self, bucket: Bucket, device: torch.device) -> torch.Tensor:
-        """The bucket in one piece, until the next one comes: new memory takes longer to get than to fill."""
+    def _end_to_end(self, pieces: Pieces, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The bucket in one piece, and where its pieces are, until the next one comes: new memory takes longer to get
+        than to fill."""
         memory = self._memory.get(device)
         if memory is None:
             size = max(data_bytes(entries) for entries in self._plan_of_buckets())
             on_host = device.type == "cpu"
             memory = self._host_memory(size) if on_host else torch.empty(size, dtype=torch.uint8, device=device)
             self._memory[device] = memory
-        memory = memory[: data_bytes(bucket.entries)]
-        copy_into(bucket, memory)
-        return memory
+        memory = memory[: data_bytes(pieces.entries)]
+        return memory, copy_into(pieces, memory)
 
     def store(self, version: int) -> Published:
         """A version that was broadcast, in the object store; asked of rank 0."""
@@ -600,9 +600,9 @@ class PolicyWorker(TrainedWorker):
         return [str(path) for path in written]
 
 
-def _store(pieces: list[torch.Tensor]) -> ray.ObjectRef:
+def _store(pieces: list[torch.Tensor]) -> list[ray.ObjectRef]:
     """The bytes of a bucket's tensors in the object store, which takes arrays without a copy before its own."""
-    return ray.put(slices(pieces))
+    return [ray.put(slices(pieces))]
 
 
 @dataclass
@@ -757,6 +757,7 @@ class RolloutWorker(Worker):
             network = stage.network(_loaded(load_masters, self.job.init), self.job.torch_options)
         self.network = network.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         self.asleep = False
+        self._joined: dict[str, np.ndarray] = {}
         self.engine = GenerationEngine(
             self.network,
             slots=self._slots(),
@@ -816,7 +817,7 @@ class RolloutWorker(Worker):
     def load(self, published: Published) -> int:
         """Take the weights of a version; a version that is there already is not loaded again."""
         if published.version != self.version:
-            weights = unpack(published, ray.get)
+            weights = unpack(published, ray.get, self._joined)
             if self.adapter_only:
                 expected = self._expected()
                 for name, tensor in weights:

@@ -290,6 +290,19 @@ class Engine:
 
         return deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3)
 
+    def share_of(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """This rank's part of a parameter that ZeRO-3 has spread, flat; those of all ranks end to end are the whole.
+
+        None, on all ranks, where no part is what the forward pass sees: whole, on a disk, or quantized on its way.
+        """
+        zero = self.config["zero_optimization"]
+        on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
+        if self.zero_stage < 3 or on_disk or zero.get("zero_quantized_weights"):
+            return None
+        spread: Any = parameter
+        part: torch.Tensor = spread.ds_tensor.detach()
+        return part[: max(0, spread.ds_numel - self.processes.rank * len(part))]  # the last parts are filled up
+
     def _gathered(self, parameter: nn.Parameter) -> torch.Tensor:
         with self.gathered([parameter]):
             return parameter.data.clone()

@@ -20,7 +20,7 @@ from minigpt.rl.batch import RolloutBatch
 from minigpt.rl.delivery import Delivery
 from minigpt.rl.group import WorkerDied, WorkerFailed, WorkerGroup, place
 from minigpt.rl.layout import Role, bundles, choose_layout, laptop
-from minigpt.rl.publish import unpack
+from minigpt.rl.publish import Published, unpack
 from minigpt.rl.roles import CLASSES, Roles
 from minigpt.rl.workers import CriticWorker, PolicyWorker, RolloutWorker
 from minigpt.trainer.setup import load_masters
@@ -121,7 +121,8 @@ def learn(run: Path, folder: Path, batches: list[RolloutBatch], ranks: int, stag
         assert facts["parameters"] >= load_masters(run).num_parameters(), "also where they are spread over the ranks"
         log_probs = group.wait(group.all("log_probs", batches[0]), "judge")[0].value
         metrics = [group.wait(group.all("update", batch, 1e-3, 0.1), "learn")[0].value for batch in batches]
-        published = group.wait(group.all("publish", 1), "publish")[0].value
+        published = Published.by_all([one.value for one in group.wait(group.all("publish", 1), "publish")])
+        assert all(len(bucket.data) == (ranks if stage == 3 else 1) for bucket in published.buckets), "nothing gathered"
         found = {name: tensor.clone() for name, tensor in unpack(published, ray.get)}
         samplers.wait(loading, "load")
         delivery = Delivery(group, samplers, pytest.fail)
@@ -294,6 +295,16 @@ def test_what_is_broadcast_are_the_bits_that_the_store_holds_at_every_zero_stage
     found = results[world]
     assert found.received.keys() == found.published.keys()
     assert all(torch.equal(tensor, found.published[name]) for name, tensor in found.received.items())
+
+
+def test_weights_with_their_adapters_are_published_at_zero_3_beside_shares_of_others(run, batches, tmp_path):
+    found = learn(run, tmp_path, batches, 3, 3, lora_rank=4, lora_targets=["q_proj", "down_proj"])
+    before = load_masters(run).state_dict()
+    assert found.published.keys() == {name for name in before if name != "lm_head.weight"}
+    assert any(tensor.numel() % 3 for tensor in found.published.values()), "the last shares are filled up"
+    for name, tensor in found.published.items():
+        assert torch.equal(tensor, found.received[name]), name
+        assert torch.equal(tensor, before[name]) != name.endswith(("q_proj.weight", "down_proj.weight")), name
 
 
 def test_an_adapter_alone_is_gathered_and_broadcast_at_zero_3(run, batches, tmp_path):

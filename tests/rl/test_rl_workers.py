@@ -353,14 +353,14 @@ def test_what_stands_where_nothing_was_sampled_changes_neither_loss_nor_gradient
 def test_what_is_published_are_the_bits_that_the_policy_computes_with(tmp_path, dtype, tied, bucket_bytes):
     policy = make_policy(make_job(write_run(tmp_path / "sft", 10.0, tied), dtype=dtype))
     buckets = []
-    for bucket in weight_buckets(policy.network, policy.engine, bucket_bytes):  # each is good until the next one comes
-        memory = torch.empty(data_bytes(bucket.entries), dtype=torch.uint8)
-        copy_into(bucket, memory)
-        buckets.append(Bucket(bucket.entries, split(bucket.entries, memory)))
+    for pieces in weight_buckets(policy.network, policy.engine, bucket_bytes):  # each is good until the next one comes
+        memory = torch.empty(data_bytes(pieces.entries), dtype=torch.uint8)
+        copy_into(pieces, memory)
+        buckets.append(Bucket(pieces.entries, split(pieces.entries, memory)))
     assert len(buckets) > 1 or bucket_bytes == 1 << 25
     published = policy.publish(0).value
     published = type(published)(3, buckets)
-    found = dict(unpack(published, slices))
+    found = dict(unpack(published, lambda tensors: [slices(tensors)]))
     expected = dict(policy.network.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in expected.items():
@@ -423,9 +423,28 @@ def test_large_weights_are_read_where_the_store_has_them_whatever_slices_they_we
     stored = ray.get(reference)
     assert [len(parts) for parts in stored] == [1, 1, 2, 3, 1, 1]
     for bucket, shared in ((stored, True), ([[part.copy() for part in parts] for parts in stored], False)):
-        found = dict(unpack(Published(0, [Bucket(entries, bucket)]), lambda data: data))
+        found = dict(unpack(Published(0, [Bucket(entries, [bucket])]), lambda data: data))
         assert all(torch.equal(found[str(i)], piece) for i, piece in enumerate(pieces))
         assert (found["3"].data_ptr() == bucket[3][0].ctypes.data) == shared
+
+
+def test_shares_of_several_ranks_are_put_together_in_the_same_memory_each_time(object_store):
+    """Tensors of which all ranks have something, only some or one, or nobody, each cut where it happens."""
+    sizes = [0, 1, 2, 3_000_001, 20 << 20]
+    entries = [Entry(str(i), (size,), torch.uint8) for i, size in enumerate(sizes)]
+    memory: dict[str, np.ndarray] = {}
+    for version in range(2):
+        whole = [torch.randint(256, (size,), dtype=torch.uint8) for size in sizes]
+        shares = [[tensor[r * -(-len(tensor) // 3) :][: -(-len(tensor) // 3)] for tensor in whole] for r in range(3)]
+        ranks = [Published(version, [Bucket(entries, [ray.put(slices(pieces))])]) for pieces in shares]
+        joined = Published.by_all([*ranks, Published(version, [Bucket(entries, [])])])
+        assert joined.version == version
+        found = dict(unpack(joined, ray.get, memory))
+        assert all(torch.equal(found[str(i)], tensor) for i, tensor in enumerate(whole))
+        if version == 0:
+            before = {name: tensor.data_ptr() for name, tensor in found.items()}
+    assert memory.keys() == {"2", "3", "4"}
+    assert all(found[name].data_ptr() == before[name] for name in memory)
 
 
 def test_who_cannot_receive_says_why_and_leaves_the_group(run):
