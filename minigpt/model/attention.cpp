@@ -1,9 +1,12 @@
 // Causal attention within the documents of packed rows, on a CPU, forward and backward.
 //
-// A task is a document and a key/value head: its keys and values are brought once into float32 panels, which stay in the
-// core's cache while the queries come by, TILE at a time. Scores exist for these queries only; what lies behind a
-// query, or in another document, is neither read nor computed. Everything is summed in float32 by one thread in a fixed
-// order, so a document's result depends on nothing but itself.
+// A task is a document and a key/value head: its keys and values are brought once into panels, which stay in the core's
+// cache while the queries come by, a few at a time. Scores exist for these queries only; of what lies behind a query, or
+// in another document, nothing is computed but what fills up a vector or a tile. Everything is summed in float32 by one
+// thread in a fixed order, so a document's result depends on nothing but itself.
+//
+// In bfloat16 the products are computed by tiles, where the processor has them. Factors of products are then rounded to
+// bfloat16, the weights P and the gradients ds too, as flash attention does it on a GPU. Elsewhere they are float32.
 //
 // The formulas are those of FlashAttention-2 (arXiv:2307.08691, section 3.1) without its tiling over keys: with
 // P = softmax(s q k^T), o = P v and the row sums d = Σ do · o it is dv = P^T do, ds = P (do v^T − d), dq = s ds k,
@@ -11,11 +14,11 @@
 //
 // Shapes: L tokens of a document, H query heads, G key/value heads, D head size.
 
-#include "vectors.h"
+#include "tiles.h"
 
 #include <vector>
 
-constexpr int TILE = 8;  // queries that come by together; a multiple of ROWS
+constexpr int BATCH = 8;  // queries that come by together; a multiple of ROWS
 
 extern "C" {
 
@@ -80,19 +83,19 @@ struct Panels {
     }
 };
 
-// TILE rows of floats, `stride` apart.
+// BATCH rows of floats, `stride` apart.
 struct Rows {
     std::vector<float> memory;
     int64_t stride = 0;
 
-    void resize(int64_t width) { stride = width, memory.assign(TILE * width, 0); }
+    void resize(int64_t width) { stride = width, memory.assign(BATCH * width, 0); }
     float* operator[](int64_t row) { return memory.data() + row * stride; }
 
     // Those of tokens `start` to `start + count - 1`, times a factor; 0 in the rows behind.
     template <class T>
     void fill(const Heads& x, int64_t start, int64_t count, int64_t head, int64_t D, float factor) {
         for (int64_t r = 0; r < count; r++) read(vector_at<T>(x, start + r, head), D, factor, (*this)[r]);
-        for (int64_t r = count; r < TILE; r++) std::fill((*this)[r], (*this)[r] + D, 0.0f);
+        for (int64_t r = count; r < BATCH; r++) std::fill((*this)[r], (*this)[r] + D, 0.0f);
     }
 
     // The first `count` of these times the first `panels` panels of `width` rows, into the columns of `to`.
@@ -134,7 +137,7 @@ static void add_transposed_product(Rows& weights, Rows& rows, int64_t tokens, fl
 #pragma GCC unroll 8
             for (int i = 0; i < ROWS; i++)
                 sums[i][0] = load(at + i * rows.stride), sums[i][1] = load(at + i * rows.stride + W);
-            for (int r = 0; r < TILE; r++) {
+            for (int r = 0; r < BATCH; r++) {
                 const vec left = load(rows[r] + column), right = load(rows[r] + column + W);
                 const float* factors = weights[r] + t;
 #pragma GCC unroll 8
@@ -155,10 +158,10 @@ static void attend(const Attention& a, int64_t start, int64_t L, int64_t g) {
     values.channels<T>(a.v, start, L, g, D);
     queries.resize(D), scores.resize(round_up(L, COLUMNS)), mixed.resize(channel_panels * COLUMNS);
     for (int64_t h = g * group; h < (g + 1) * group; h++)
-        for (int64_t i = 0; i < L; i += TILE) {
-            const int64_t count = std::min<int64_t>(TILE, L - i), seen = i + count;
+        for (int64_t i = 0; i < L; i += BATCH) {
+            const int64_t count = std::min<int64_t>(BATCH, L - i), seen = i + count;
             const int64_t panels = round_up(seen, COLUMNS) / COLUMNS;
-            float factors[TILE];
+            float factors[BATCH];
             queries.fill<T>(a.q, start + i, count, h, D, 1 / std::sqrt((float)D));
             queries.times(keys, panels, D, count, scores);
             for (int64_t r = 0; r < count; r++)
@@ -185,14 +188,14 @@ static void attend_backward(const Attention& a, int64_t start, int64_t L, int64_
     weights.resize(round_up(L, COLUMNS)), slopes.resize(round_up(L, COLUMNS));
     dk.assign(round_up(L, ROWS) * stride, 0), dv.assign(round_up(L, ROWS) * stride, 0);
     for (int64_t h = g * group; h < (g + 1) * group; h++)
-        for (int64_t i = 0; i < L; i += TILE) {
-            const int64_t count = std::min<int64_t>(TILE, L - i), seen = i + count;
+        for (int64_t i = 0; i < L; i += BATCH) {
+            const int64_t count = std::min<int64_t>(BATCH, L - i), seen = i + count;
             const int64_t panels = round_up(seen, COLUMNS) / COLUMNS;
             queries.fill<T>(a.q, start + i, count, h, D, scale);
             grads.fill<T>(a.grad, start + i, count, h, D, 1);
             queries.times(key_columns, panels, D, count, weights);
             grads.times(value_columns, panels, D, count, slopes);
-            for (int64_t r = 0; r < TILE; r++) {
+            for (int64_t r = 0; r < BATCH; r++) {
                 const int64_t token = start + i + r, visible = r < count ? i + r + 1 : 0;
                 float log_sum = 0, dot = 0;
                 if (visible) {
@@ -221,23 +224,315 @@ static void attend_backward(const Attention& a, int64_t start, int64_t L, int64_
     }
 }
 
-template <class Task>
-static void each_document(const Attention& a, Task task) {
-#pragma omp parallel for schedule(dynamic) num_threads(a.threads)
-    for (int64_t n = 0; n < a.documents * a.G; n++) {
-        const int64_t document = n / a.G, start = a.edges[document], L = a.edges[document + 1] - start;
-        if (L > 0) task(start, L, n % a.G);
+// ----------------------------------------------------------------------------------------------------------- by tiles
+
+#if TILES
+constexpr int STRIP = 2 * TILE;   // rows that come by together: queries of a group's heads, token by token
+constexpr int PANEL = 2 * TILE;   // columns of a panel of pairs
+constexpr int CHUNK = 2 * PANEL;  // keys whose scores exist together in the backward pass
+
+// What a task keeps for the next one, in whole lines of the cache, as tiles are read.
+template <class X>
+struct Scratch {
+    struct alignas(64) Line { X numbers[64 / sizeof(X)]; };
+    std::vector<Line> lines;
+
+    X* of(int64_t count) {
+        lines.resize(std::max<size_t>(lines.size(), round_up(count * sizeof(X), 64) / 64));
+        return lines[0].numbers;
+    }
+};
+
+// Registers of pairs: 2 W numbers in bfloat16.
+static inline void store(bf16* to, words pairs) { std::memcpy(to, &pairs, sizeof pairs); }
+static inline words load_some(const bf16* from, int64_t count) {  // 0 behind the first `count`
+    return (words)_mm512_maskz_loadu_epi16(count >= 2 * W ? ~0u : (1u << count) - 1, from);
+}
+static inline words narrowed(vec a, vec b) { return (words)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+
+typedef uint16_t shorts __attribute__((vector_size(4 * W)));
+template <int... I>
+static inline words zipped(words a, words b, int first, std::integer_sequence<int, I...>) {
+    return (words)(first ? __builtin_shufflevector((shorts)a, (shorts)b, (W + I / 2 + I % 2 * 2 * W)...)
+                         : __builtin_shufflevector((shorts)a, (shorts)b, (I / 2 + I % 2 * 2 * W)...));
+}
+// a0 b0 a1 b1 …, from number `first`, 0 or W, on.
+static inline words zipped(words a, words b, int first) {
+    return zipped(a, b, first, std::make_integer_sequence<int, 2 * W>());
+}
+template <int... I>
+static inline words halves_zipped(words a, std::integer_sequence<int, I...>) {
+    return (words)__builtin_shufflevector((shorts)a, (shorts)a, (I / 2 + I % 2 * W)...);
+}
+static inline words halves_zipped(words a) { return halves_zipped(a, std::make_integer_sequence<int, 2 * W>()); }
+
+// Rows to columns: W / 2 apart, then W / 4 …, two rows exchange what belongs to the other.
+template <int S, int... I>
+static inline void exchange(words& a, words& b, std::integer_sequence<int, I...>) {
+    const words first = __builtin_shufflevector(a, b, (I & S ? I - S + W : I)...);
+    b = __builtin_shufflevector(a, b, (I & S ? I + W : I + S)...), a = first;
+}
+template <int S = W / 2>
+static inline void transpose(words (&rows)[W]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, W>());
+    if constexpr (S > 1) transpose<S / 2>(rows);
+}
+
+// A document's tokens as columns: [tokens / PANEL][width / 2][PANEL] pairs of channels.
+static void pack_tokens(const Heads& x, int64_t start, int64_t L, int64_t head, int64_t D, int64_t width, bf16* to) {
+    for (int64_t t = 0; t < round_up(L, PANEL); t += TILE)
+        for (int64_t d = 0; d < width; d += 2 * TILE) {
+            words rows[W];
+            for (int i = 0; i < TILE; i++)
+                rows[i] = t + i < L ? load_some(vector_at<bf16>(x, start + t + i, head) + d, D - d) : words{};
+            transpose(rows);
+            bf16* at = to + (t / PANEL * width + d) * PANEL + t % PANEL * 2;
+            for (int i = 0; i < TILE; i++) store(at + i * 2 * PANEL, rows[i]);
+        }
+}
+
+// Its channels as columns: [width / PANEL][tokens / 2][PANEL] pairs of tokens.
+static void pack_channels(const Heads& x, int64_t start, int64_t L, int64_t head, int64_t D, int64_t width, bf16* to) {
+    for (int64_t d = 0; d < width; d += PANEL)
+        for (int64_t t = 0; t < round_up(L, PANEL); t += 2, to += 2 * PANEL) {
+            auto token = [&](int64_t t) {
+                return t < L ? load_some(vector_at<bf16>(x, start + t, head) + d, D - d) : words{};
+            };
+            const words even = token(t), odd = token(t + 1);
+            store(to, zipped(even, odd, 0)), store(to + PANEL, zipped(even, odd, W));
+        }
+}
+
+// STRIP rows of a task, from `first` on: the first `count` exist, and see `seen` keys together.
+struct Strip {
+    int64_t first, count, seen;
+    int64_t token[STRIP], head[STRIP], index[STRIP];  // index: of [tokens, H]
+    int32_t visible[STRIP];                           // keys of the document
+
+    Strip(int64_t first, int64_t L, int64_t start, int64_t g, int64_t group, int64_t H)
+        : first(first), count(std::min<int64_t>(STRIP, L * group - first)), seen((first + count - 1) / group + 1) {
+        int64_t t = first / group, h = first % group;
+        for (int64_t r = 0; r < STRIP; r++) {
+            token[r] = start + t, head[r] = g * group + h, index[r] = token[r] * H + head[r];
+            visible[r] = r < count ? t + 1 : 0;
+            if (++h == group) h = 0, t++;
+        }
+    }
+
+    // Their vectors, 0 behind the last one: [STRIP, width].
+    void read(const Heads& x, int64_t D, int64_t width, bf16* to) const {
+        for (int64_t r = 0; r < STRIP; r++)
+            for (int64_t d = 0; d < width; d += 2 * W, to += 2 * W)
+                store(to, r < count ? load_some(vector_at<bf16>(x, token[r], head[r]) + d, D - d) : words{});
+    }
+};
+
+// Such a strip as columns: [width, STRIP].
+static void transpose_strip(const bf16* strip, int64_t width, bf16* to) {
+    for (int64_t d = 0; d < width; d += W) {
+        words columns[W];
+        for (int i = 0; i < W; i++) {
+            const words even = load_some(strip + 2 * i * width + d / (2 * W) * 2 * W, 2 * W);
+            const words odd = load_some(strip + (2 * i + 1) * width + d / (2 * W) * 2 * W, 2 * W);
+            columns[i] = d % (2 * W) ? zipped(even, odd, W) : zipped(even, odd, 0);
+        }
+        transpose(columns);
+        for (int i = 0; i < W; i++) store(to + (d + i) * STRIP, columns[i]);
+    }
+}
+
+// Scores to weights 2^(factor (score - greatest score)), 0 behind the first `visible` of `width`; returns the sum of the
+// weights and, in `peak`, the greatest score.
+static inline float soften(const float* scores, int64_t visible, int64_t width, float factor, bf16* weights, float& peak) {
+    vec most = vec{} - INFINITY, sums = {};
+    for (int64_t t = 0; t < visible; t += W) {
+        const vec x = load(scores + t);
+        most = (vec)_mm512_max_ps((__m512)most, (__m512)(LANES + (int32_t)t < (int32_t)visible ? x : vec{} - INFINITY));
+    }
+    peak = _mm512_reduce_max_ps((__m512)most);
+    const float shift = factor * peak;
+    for (int64_t t = 0; t < width; t += 2 * W) {
+        vec left = {}, right = {};
+        if (t < visible) {
+            left = exp2(load(scores + t) * factor - shift);
+            if (t + W > visible) left = LANES + (int32_t)t < (int32_t)visible ? left : vec{};
+        }
+        if (t + W < visible) {
+            right = exp2(load(scores + t + W) * factor - shift);
+            if (t + 2 * W > visible) right = LANES + (int32_t)(t + W) < (int32_t)visible ? right : vec{};
+        }
+        sums += left + right;
+        store(weights + t, narrowed(left, right));
+    }
+    return _mm512_reduce_add_ps((__m512)sums);
+}
+
+static void attend_by_tiles(const Attention& a, int64_t start, int64_t L, int64_t g) {
+    static thread_local Scratch<bf16> key_memory, value_memory, query_memory, weight_memory;
+    static thread_local Scratch<float> score_memory, mixed_memory;
+    const int64_t D = a.D, group = a.H / a.G, width = round_up(D, PANEL), tokens = round_up(L, PANEL);
+    bf16 *keys = key_memory.of(tokens * width), *values = value_memory.of(tokens * width);
+    bf16 *queries = query_memory.of(STRIP * width);
+    float* mixed = mixed_memory.of(STRIP * width);
+    pack_tokens(a.k, start, L, g, D, width, keys);
+    pack_channels(a.v, start, L, g, D, width, values);
+    const int64_t score_stride = tokens + W, weight_stride = tokens + 2 * W;  // odd in lines: other sets of the cache
+    float* scores = score_memory.of(STRIP * score_stride);
+    bf16* weights = weight_memory.of(STRIP * weight_stride);
+    const float scale = 1 / std::sqrt((float)D);
+    for (int64_t row = 0; row < L * group; row += STRIP) {
+        const Strip strip(row, L, start, g, group, a.H);
+        float factors[STRIP];
+        strip.read(a.q, D, width, queries);
+        for (int64_t t = 0; t < strip.seen; t += PANEL)
+            tile_product(queries, width, width, keys + t * width, scores + t, score_stride);
+        for (int64_t r = 0; r < strip.count; r++) {
+            float peak;
+            const float total = soften(scores + r * score_stride, strip.visible[r], round_up(strip.seen, PANEL), scale * LOG2_E,
+                                       weights + r * weight_stride, peak);
+            factors[r] = 1 / total;
+            a.log_sums[strip.index[r]] = scale * peak + std::log(total);
+        }
+        for (int64_t d = 0; d < width; d += PANEL)
+            tile_product(weights, weight_stride, round_up(strip.seen, PANEL), values + d * tokens, mixed + d, width);
+        for (int64_t r = 0; r < strip.count; r++) write(mixed + r * width, D, factors[r], (bf16*)a.out + strip.index[r] * D);
+    }
+}
+
+struct alignas(64) Slopes {  // of a strip's rows and a chunk's keys
+    float scores[CHUNK / PANEL][STRIP][PANEL], products[CHUNK / PANEL][STRIP][PANEL];  // q k^T, do v^T
+    bf16 p[CHUNK / PANEL][STRIP / 2][PANEL][2], ds[CHUNK / PANEL][STRIP / 2][PANEL][2];  // pairs of rows
+    bf16 ds_rows[STRIP][CHUNK];
+    float log_sums[STRIP], dots[STRIP];  // of base 2
+
+    // The weights and their gradients of panel `n`, which begins with key t. MASKED: some are not seen.
+    template <bool MASKED>
+    void find(const Strip& strip, int64_t n, int64_t t, float factor) {
+        for (int half = 0; half < PANEL; half += W, t += W)
+            for (int r = 0; r < STRIP; r += 2) {
+                vec weight[2] = {}, slope[2] = {};
+                if (!MASKED || t < strip.seen)
+                    for (int i = 0; i < 2; i++) {
+                        const vec found = exp2(load(scores[n][r + i] + half) * factor - log_sums[r + i]);
+                        const vec change = found * (load(products[n][r + i] + half) - dots[r + i]);
+                        const ints is_seen = LANES + (int32_t)t < strip.visible[r + i];
+                        weight[i] = !MASKED || is_seen ? found : vec{};
+                        slope[i] = !MASKED || is_seen ? change : vec{};
+                    }
+                const words slopes = narrowed(slope[0], slope[1]);
+                store(p[n][r / 2][half], halves_zipped(narrowed(weight[0], weight[1])));
+                store(ds[n][r / 2][half], halves_zipped(slopes));
+                std::memcpy(ds_rows[r] + n * PANEL + half, &slopes, sizeof slopes / 2);
+                std::memcpy(ds_rows[r + 1] + n * PANEL + half, (const char*)&slopes + sizeof slopes / 2, sizeof slopes / 2);
+            }
+    }
+};
+
+// Sums of a document's tokens as columns, [tokens / PANEL][width][PANEL], times a factor: [tokens, G, D].
+static void write_tokens(const float* sums, int64_t L, int64_t D, int64_t width, float factor, bf16* to, int64_t stride) {
+    static thread_local Scratch<float> memory;
+    float* token = memory.of(TILE * width);
+    for (int64_t t = 0; t < L; t += TILE) {
+        for (int64_t d = 0; d < width; d += W) {
+            words columns[W];
+            const float* from = sums + (t / PANEL * width + d) * PANEL + t % PANEL;
+            for (int i = 0; i < W; i++) columns[i] = (words)load(from + i * PANEL);
+            transpose(columns);
+            for (int i = 0; i < TILE; i++) store(token + i * width + d, (vec)columns[i]);
+        }
+        for (int64_t i = 0; i < std::min<int64_t>(TILE, L - t); i++)
+            write(token + i * width, D, factor, to + (t + i) * stride);
+    }
+}
+
+static void attend_backward_by_tiles(const Attention& a, int64_t start, int64_t L, int64_t g) {
+    static thread_local Scratch<bf16> key_memory, value_memory, key_channel_memory, strip_memory;
+    static thread_local Scratch<float> dk_memory, dv_memory, dq_memory;
+    static thread_local Slopes slopes;
+    const int64_t D = a.D, group = a.H / a.G, width = round_up(D, PANEL), tokens = round_up(L, PANEL), size = tokens * width;
+    const float scale = 1 / std::sqrt((float)D);
+    const Heads out = {a.out, a.H * D, D};
+    bf16 *key_tokens = key_memory.of(size), *value_tokens = value_memory.of(size), *key_channels = key_channel_memory.of(size);
+    bf16 *queries = strip_memory.of(5 * STRIP * width), *grads = queries + STRIP * width, *outs = grads + STRIP * width;
+    bf16 *query_columns = outs + STRIP * width, *grad_columns = query_columns + STRIP * width;
+    float *dk = dk_memory.of(size), *dv = dv_memory.of(size), *dq = dq_memory.of(STRIP * width);
+    pack_tokens(a.k, start, L, g, D, width, key_tokens);
+    pack_tokens(a.v, start, L, g, D, width, value_tokens);
+    pack_channels(a.k, start, L, g, D, width, key_channels);
+    std::fill(dk, dk + size, 0.0f), std::fill(dv, dv + size, 0.0f);
+    for (int64_t row = 0; row < L * group; row += STRIP) {
+        const Strip strip(row, L, start, g, group, a.H);
+        strip.read(a.q, D, width, queries), strip.read(a.grad, D, width, grads), strip.read(out, D, width, outs);
+        transpose_strip(queries, width, query_columns), transpose_strip(grads, width, grad_columns);
+        for (int64_t r = 0; r < STRIP; r += W)
+            store(slopes.dots + r, sums_of([&](int i) {
+                __m512 products = {};
+                for (int64_t d = 0; d < width; d += 2 * W)
+                    products = _mm512_dpbf16_ps(products, (__m512bh)load_some(outs + (r + i) * width + d, 2 * W),
+                                                (__m512bh)load_some(grads + (r + i) * width + d, 2 * W));
+                return (vec)products;
+            }));
+        for (int64_t r = 0; r < STRIP; r++) {
+            slopes.log_sums[r] = r < strip.count ? a.log_sums[strip.index[r]] * LOG2_E : 0;
+        }
+        for (int64_t first = 0; first < strip.seen; first += CHUNK) {
+            const int64_t panels = std::min<int64_t>(CHUNK, round_up(strip.seen - first, PANEL)) / PANEL;
+            for (int64_t n = 0, t = first; n < panels; n++, t += PANEL) {
+                tile_product(queries, width, width, key_tokens + t * width, slopes.scores[n][0], PANEL);
+                tile_product(grads, width, width, value_tokens + t * width, slopes.products[n][0], PANEL);
+            }
+            for (int64_t n = 0, t = first; n < panels; n++, t += PANEL)
+                if (strip.count == STRIP && t + PANEL <= strip.visible[0])
+                    slopes.find<false>(strip, n, t, scale * LOG2_E);
+                else
+                    slopes.find<true>(strip, n, t, scale * LOG2_E);
+            for (int64_t d = 0; d < width; d += PANEL) {
+                tile_product(slopes.ds_rows[0], CHUNK, panels * PANEL, key_channels + d * tokens + first * PANEL, dq + d,
+                             width, first > 0);
+                for (int64_t n = 0, t = first; n < panels; n++, t += PANEL) {
+                    const int64_t at = (t / PANEL * width + d) * PANEL;
+                    tile_product(grad_columns + d * STRIP, STRIP, STRIP, slopes.p[n][0][0], dv + at, PANEL, true);
+                    tile_product(query_columns + d * STRIP, STRIP, STRIP, slopes.ds[n][0][0], dk + at, PANEL, true);
+                }
+            }
+        }
+        for (int64_t r = 0; r < strip.count; r++) write(dq + r * width, D, scale, (bf16*)a.dq + strip.index[r] * D);
+    }
+    const int64_t at = (start * a.G + g) * D;
+    write_tokens(dk, L, D, width, scale, (bf16*)a.dk + at, a.G * D);
+    write_tokens(dv, L, D, width, 1, (bf16*)a.dv + at, a.G * D);
+}
+#endif
+
+template <class Compute>
+static void each_document(const Attention& a, Compute compute) {
+#pragma omp parallel num_threads(a.threads)
+    {
+        [[maybe_unused]] Tiles tiles;
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < a.documents * a.G; n++) {
+            const int64_t document = n / a.G, start = a.edges[document], L = a.edges[document + 1] - start;
+            if (L > 0) compute(start, L, n % a.G);
+        }
     }
 }
 
 extern "C" void attention_forward(const Attention* a) {
     each_document(*a, [&](int64_t start, int64_t L, int64_t g) {
+#if TILES
+        if (a->is_bf16 && has_tiles()) return attend_by_tiles(*a, start, L, g);
+#endif
         a->is_bf16 ? attend<bf16>(*a, start, L, g) : attend<float>(*a, start, L, g);
     });
 }
 
 extern "C" void attention_backward(const Attention* a) {
     each_document(*a, [&](int64_t start, int64_t L, int64_t g) {
+#if TILES
+        if (a->is_bf16 && has_tiles()) return attend_backward_by_tiles(*a, start, L, g);
+#endif
         a->is_bf16 ? attend_backward<bf16>(*a, start, L, g) : attend_backward<float>(*a, start, L, g);
     });
 }
