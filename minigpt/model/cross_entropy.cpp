@@ -27,7 +27,7 @@ constexpr float NOTHING = -1e30f;  // a logit behind the last one: e to its powe
 
 // logits / temperature of a row, filled up to whole vectors.
 template <class T>
-static const float* temper(const T* logits, int64_t V, float temperature) {
+static float* temper(const T* logits, int64_t V, float temperature) {
     static thread_local std::vector<float> row;
     row.resize(round_up(V, W));
     read(logits, V, 1 / temperature, row.data());
@@ -35,64 +35,59 @@ static const float* temper(const T* logits, int64_t V, float temperature) {
     return row.data();
 }
 
-static float log_sum_exp(const float* x, int64_t V) {
+static float greatest(const float* x, int64_t V) {
     vec most = vec{} + NOTHING;
     for (int64_t i = 0; i < V; i += W) {
-        vec v = load(x + i);
+        const vec v = load(x + i);
         most = v > most ? v : most;
     }
-    const float peak = greatest(most);
-    vec sums[2] = {};  // two, since each addition waits for the one before
-    for (int64_t i = 0; i < V; i += W) sums[(i / W) & 1] += exp(load(x + i) - peak);
-    return peak + std::log(sum(sums[0] + sums[1]));
+    return greatest(most);
 }
 
-// −Σ p log p; not log Σ − Σ p · logit, where two large numbers would cancel if the model is sure.
-static float entropy_of(const float* x, int64_t V, float log_sum) {
-    vec sums = {};
+// x to e^(x - peak); returns their sum, and the sum of e^(x - peak) (peak - x).
+static float exponentiate(float* x, int64_t V, float peak, float& distance) {
+    vec sums = {}, distances = {};
     for (int64_t i = 0; i < V; i += W) {
-        const vec log_p = load(x + i) - log_sum;
-        sums -= exp(log_p) * log_p;
+        const vec below = load(x + i) - peak, weights = exp(below);
+        store(x + i, weights);
+        sums += weights, distances -= weights * below;
     }
+    distance = sum(distances);
     return sum(sums);
-}
-
-// d/d logit of grad · log p(label) + entropy_grad · entropy: (label − p) grad − p (log p + entropy) entropy_grad.
-template <class T>
-static void write_gradient(const float* x, int64_t V, int64_t label, float log_sum, float grad, float entropy,
-                           float entropy_grad, float temperature, T* to) {
-    const float factor = 1 / temperature;
-    float out[W];
-    for (int64_t i = 0; i < V; i += W) {
-        const vec log_p = load(x + i) - log_sum;
-        vec slope = vec{} + grad;
-        if (entropy_grad != 0) slope += entropy_grad * (log_p + entropy);
-        store(out, exp(log_p) * slope * -factor);
-        if (label >= i && label < i + W) out[label - i] += grad * factor;
-        if (i + W <= V)
-            store(to + i, load(out));
-        else
-            write(out, V - i, 1, to + i);
-    }
 }
 
 template <class T>
 static void softmax_stats_row(const Arguments& a, int64_t n) {
-    const float* x = temper((const T*)a.logits + n * a.V, a.V, a.temperature);
+    const int64_t label = a.labels[n];
+    float* x = temper((const T*)a.logits + n * a.V, a.V, a.temperature);
+    float distance;
+    const float of_label = x[label], peak = greatest(x, a.V), total = exponentiate(x, a.V, peak, distance), log_total = std::log(total);
+    a.log_sums[n] = peak + log_total;
+    a.log_probs[n] = of_label - a.log_sums[n];
+    // log Σ + Σ p (peak - logit), neither below 0: in −Σ p · logit large numbers would cancel if the model is sure
+    if (a.entropies) a.entropies[n] = log_total + distance / total;
+    if (!a.grads) return;
+    const float factor = a.grads[n] / a.temperature;  // times (1 of the label - p)
     T* to = (T*)a.to + n * a.V;
-    const float log_sum = log_sum_exp(x, a.V);
-    a.log_sums[n] = log_sum;
-    a.log_probs[n] = x[a.labels[n]] - log_sum;
-    if (a.entropies) a.entropies[n] = entropy_of(x, a.V, log_sum);
-    if (a.grads) write_gradient(x, a.V, a.labels[n], log_sum, a.grads[n], 0, 0, a.temperature, to);
+    write(x, a.V, -factor / total, to);
+    const float gradient = factor - factor / total * x[label];
+    write(&gradient, 1, 1, to + label);
 }
 
+// d/d logit of grad · log p(label) + entropy_grad · entropy: (label − p) grad − p (log p + entropy) entropy_grad.
 template <class T>
 static void grad_logits_row(const Arguments& a, int64_t n) {
-    const float* x = temper((const T*)a.logits + n * a.V, a.V, a.temperature);
-    T* to = (T*)a.to + n * a.V;
     const float entropy = a.entropies ? a.entropies[n] : 0, entropy_grad = a.entropy_grads ? a.entropy_grads[n] : 0;
-    write_gradient(x, a.V, a.labels[n], a.log_sums[n], a.grads[n], entropy, entropy_grad, a.temperature, to);
+    const float factor = 1 / a.temperature, grad = a.grads[n], log_sum = a.log_sums[n];
+    float* x = temper((const T*)a.logits + n * a.V, a.V, a.temperature);
+    for (int64_t i = 0; i < a.V; i += W) {
+        const vec log_p = load(x + i) - log_sum;
+        vec slope = vec{} + grad;
+        if (entropy_grad != 0) slope += entropy_grad * (log_p + entropy);
+        store(x + i, exp(log_p) * slope * -factor);
+    }
+    x[a.labels[n]] += grad * factor;
+    write(x, a.V, 1, (T*)a.to + n * a.V);
 }
 
 // From the logits: log_probs, log_sums, entropies if asked for, and the gradients of `grads` if given.

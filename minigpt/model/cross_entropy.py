@@ -30,7 +30,7 @@ import torch
 from .native import load_native
 
 SOURCE = Path(__file__).with_name("cross_entropy.cpp")
-_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}  # logits alive at a time: 32 MB and 1 GB in float32
+_CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}  # logits alive at a time: 128 MB and 1 GB in float32
 _KEPT_ELEMENTS = 1 << 24  # no more logits are kept for the backward pass
 TokenStats = Sequence[torch.Tensor]
 """Of each token: log-normaliser, entropy, and the upstream gradients of its log-probability and entropy."""
@@ -223,7 +223,8 @@ class _Gradients:
             self.of_weight += grad_logits.T @ x
 
     def results(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat(self.of_x) if self.of_x else self.x_NE.new_empty(0), self.of_weight.to(self.weight_VE.dtype)
+        of_x = self.of_x[0] if len(self.of_x) == 1 else torch.cat(self.of_x) if self.of_x else self.x_NE.new_empty(0)
+        return of_x, self.of_weight.to(self.weight_VE.dtype)
 
 
 def _memory(x_NE, weight_VE, keeps_logits: bool) -> torch.Tensor:
@@ -233,7 +234,7 @@ def _memory(x_NE, weight_VE, keeps_logits: bool) -> torch.Tensor:
 
 def _chunks(weight_VE, *tensors, kept=None):
     """Pieces of the tensors; behind them, if asked for, that of the kept logits or None where there are none."""
-    chunk = max(1, _CHUNK_ELEMENTS.get(weight_VE.device.type, 1 << 23) // weight_VE.shape[0])
+    chunk = max(1, _CHUNK_ELEMENTS.get(weight_VE.device.type, 1 << 25) // weight_VE.shape[0])
     pieces = [t.split(chunk) for t in tensors]
     if kept is not None:
         pieces.append(kept[: len(tensors[0])].split(chunk) if kept.numel() else [None] * len(pieces[0]))
