@@ -395,11 +395,11 @@ def test_a_sampler_takes_no_more_slots_than_its_gpu_has_room_for(run, monkeypatc
     one = cache_bytes(worker.network, 1, worker.job.longest)
     wanted = worker.engine.slots
     for free, slots in ((weights + 7 * one, 3), (weights + 2 * wanted * one, wanted)):
-        monkeypatch.setattr("minigpt.rl.workers.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("minigpt.rl.workers.rollout.free_memory", lambda device, free=free: free)
         worker.setup()
         assert worker.engine.slots == slots
         assert capsys.readouterr().err.count("room for 3 answers") == (slots == 3)
-    monkeypatch.setattr("minigpt.rl.workers.free_memory", lambda device: weights + one)
+    monkeypatch.setattr("minigpt.rl.workers.rollout.free_memory", lambda device: weights + one)
     with pytest.raises(UserError, match="shorter prompts"):
         worker.setup()
 
