@@ -97,17 +97,6 @@ static inline vec exp(vec x) {
     return x < -87.0f ? vec{} : p * power;
 }
 
-// 2^x to about 3e-6 of its value, for x up to 127; 2^-126 below the normal numbers. Half the time of `exp`.
-constexpr float LOG2_E = 1.44269504f;
-static inline vec exp2(vec x) {
-    x = x < -126.0f ? vec{} - 126.0f : x;
-    const vec shifted = x + 12582912.0f;  // its last bits are the whole number next to x
-    const vec r = x - (shifted - 12582912.0f);
-    vec p = vec{} + 9.581047110e-3f;
-    for (float c : {5.5905971676e-2f, 0.24024145305f, 0.69312435389f, 1.0f}) p = p * r + c;
-    return (vec)((ints)p + ((ints)shifted << 23));
-}
-
 // x to e^(x - peak), `width` numbers rounded up to whole vectors; returns their sum.
 static inline float exponentiate(float* x, int64_t width, float peak) {
     vec sums = {};

@@ -194,29 +194,83 @@ def test_memory_of_a_long_row_is_not_quadratic():
     assert float(done.stdout) < 60
 
 
-@pytest.mark.parametrize("head_dim", [8, 32, 40, 64])
+# Documents that fill panels, registers and tiles and do not, in rows of 121
+MANY_LENGTHS = ((1, 7, 8, 9, 31, 32, 33), (64, 57), (15, 16, 17, 73), (121,))
+
+
+@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_code_is_the_formula_whatever_divides(head_dim, dtype):
-    """Documents and heads that fill panels and registers and do not, padding, several rows; against SDPA in float64."""
-    lengths = ((1, 7, 8, 9, 31, 32, 33), (64, 57), (121,))
-    ids, heads = document_ids(lengths, 121), (6, 2)
-    exact = random_qkv(torch.float64, heads, head_dim, 121, 3)
+    """Documents and heads of many sizes, padding, several rows; against SDPA in float64."""
+    ids, heads = document_ids(MANY_LENGTHS, 121), (6, 2)
+    exact = random_qkv(torch.float64, heads, head_dim, 121, 4)
     expected = output_and_gradients(lambda *x: attention(*x, packed_pattern(ids, torch.float64, "sdpa")), exact)
-    ours = random_qkv(dtype, heads, head_dim, 121, 3)
+    ours = random_qkv(dtype, heads, head_dim, 121, 4)
     found = output_and_gradients(lambda *x: attention(*x, packed_pattern(ids, dtype, "varlen")), ours)
     for name, one, reference in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
         assert relative_error(one, reference) < (1e-6 if dtype == torch.float32 else 6e-3), name
 
 
-def test_compiled_code_computes_the_same_bits_on_any_number_of_threads():
+@pytest.mark.parametrize("spread", [1.0, 8.0], ids="spread {}".format)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (5, 1)], ids=["multi-head", "grouped", "multi-query"])
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_in_bfloat16_compiled_code_errs_no_more_than_torchs_flash_kernel(head_dim, heads, spread, monkeypatch):
+    """From the float64 result of the same inputs, of which large ones let a query see a few keys only."""
+    ids = document_ids(MANY_LENGTHS, 121)
+    pattern = packed_pattern(ids, torch.bfloat16, "varlen")
+
+    def inputs(dtype):
+        q, k, v = random_qkv(torch.bfloat16, heads, head_dim, 121, 4)
+        return [x.detach().to(dtype).requires_grad_() for x in (spread * q, k, v)]
+
+    def in_bfloat16(*qkv):
+        return attention(*qkv, pattern)
+
+    exact = packed_pattern(ids, torch.float64, "sdpa")
+    out, *_ = expected = output_and_gradients(lambda *x: attention(*x, exact), inputs(torch.float64))
+    assert out.isfinite().all()
+    ours = output_and_gradients(in_bfloat16, inputs(torch.bfloat16))
+    without_compiler(monkeypatch)
+    torchs = output_and_gradients(in_bfloat16, inputs(torch.bfloat16))
+    for name, one, other, reference in zip(("output", "dq", "dk", "dv"), ours, torchs, expected, strict=True):
+        assert relative_error(one, reference) < 1.1 * relative_error(other, reference), name
+        assert relative_error(one, reference) < 8e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slice_of_a_larger_tensor_gives_the_bits_of_a_copy(dtype):
+    """As queries, keys and values of one projection are; what lies between them is not read."""
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(121, 2, 4 + 2 + 2, 80, generator=generator).to(dtype)[:, 0]
+    edges = torch.tensor([0, 1, 18, 50, 121], dtype=torch.int32)
+    operator = torch.ops.minigpt.document_attention
+    slices = [x.requires_grad_() for x in fused.split([4, 2, 2], dim=1)]
+    copies = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in slices]
+    of_slices = output_and_gradients(lambda *x: operator(*x, edges)[0], slices)
+    of_copies = output_and_gradients(lambda *x: operator(*x, edges)[0], copies)
+    assert all(torch.equal(a, b) for a, b in zip(of_slices, of_copies, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_sums_are_those_of_the_scores(dtype):
+    q, k, v = (x.detach()[0].transpose(0, 1) for x in random_qkv(dtype, (6, 2), 32, 121, 1))
+    _, log_sums = torch.ops.minigpt.document_attention(q, k, v, torch.tensor([0, 121], dtype=torch.int32))
+    scores = torch.einsum("thd,shd->hts", q.double(), k.double().repeat_interleave(3, 1)) / 32**0.5
+    hidden = torch.ones(121, 121, dtype=torch.bool).triu(1)
+    assert log_sums.dtype == torch.float32
+    assert torch.allclose(log_sums.double(), scores.masked_fill(hidden, -torch.inf).logsumexp(-1).T, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_code_computes_the_same_bits_on_any_number_of_threads(dtype):
     ids = document_ids(((100, 21), (60, 61)), 121)
     results = []
     for threads in (1, 2, 3):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            pattern = packed_pattern(ids, torch.float32, "varlen")
-            tensors = random_qkv(torch.float32, row_length=121)
+            pattern = packed_pattern(ids, dtype, "varlen")
+            tensors = random_qkv(dtype, row_length=121)
             results.append(output_and_gradients(lambda *x, p=pattern: attention(*x, p), tensors))
         finally:
             torch.set_num_threads(before)
@@ -231,6 +285,27 @@ def test_numbers_that_are_none_stay_so():
     out = attention(q, k, v, packed_pattern(document_ids(((T,),)), torch.bfloat16, "varlen"))
     assert out[0, 0, 5, 0].isnan()
     assert not out[0, 2].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_are_none_stay_in_their_document(dtype):
+    """Also where a document ends within a tile, and in what a thread computes next."""
+    ids = document_ids(((40, 41, 40),), 121)
+    clean, broken = (random_qkv(dtype, row_length=121, rows=1) for _ in range(2))
+    for x in broken:
+        x.data[:, :, 40:81] = float("nan")
+    others = [*range(40), *range(81, 121)]
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            pattern = packed_pattern(ids, dtype, "varlen")
+            found = [output_and_gradients(lambda *x, p=pattern: attention(*x, p), qkv) for qkv in (clean, broken)]
+        finally:
+            torch.set_num_threads(before)
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a[:, :, others], b[:, :, others])
+            assert b[:, :, 40:81].isnan().all()
 
 
 def of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
