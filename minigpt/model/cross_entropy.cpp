@@ -44,26 +44,35 @@ static float greatest(const float* x, int64_t V) {
     return greatest(most);
 }
 
-// x to e^(x - peak); returns their sum, and the sum of e^(x - peak) (peak - x).
-static float exponentiate(float* x, int64_t V, float peak, float& distance) {
-    vec sums = {}, distances = {};
+struct Softmax {
+    float log_total, total;  // of e^(x - peak)
+    float distance;          // Σ e^(x - peak) (peak - x)
+};
+
+// x to e^(x - peak). Ones are counted and only the others summed: where the model is sure they are too small for a sum
+// that begins with 1.
+static Softmax soften(float* x, int64_t V, float peak) {
+    const vec one = vec{} + 1.0f;
+    vec ones = {}, sums[2] = {}, distances = {};
     for (int64_t i = 0; i < V; i += W) {
         const vec below = load(x + i) - peak, weights = exp(below);
         store(x + i, weights);
-        sums += weights, distances -= weights * below;
+        ones += below == 0.0f ? one : vec{};
+        sums[(i / W) & 1] += below == 0.0f ? vec{} : weights;
+        distances -= weights * below;
     }
-    distance = sum(distances);
-    return sum(sums);
+    const float count = sum(ones), rest = sum(sums[0] + sums[1]);
+    return {std::log(count) + std::log1p(rest / count), count + rest, sum(distances)};
 }
 
 template <class T>
 static void softmax_stats_row(const Arguments& a, int64_t n) {
     const int64_t label = a.labels[n];
     float* x = temper((const T*)a.logits + n * a.V, a.V, a.temperature);
-    float distance;
-    const float of_label = x[label], peak = greatest(x, a.V), total = exponentiate(x, a.V, peak, distance), log_total = std::log(total);
+    const float of_label = x[label], peak = greatest(x, a.V);
+    const auto [log_total, total, distance] = soften(x, a.V, peak);
     a.log_sums[n] = peak + log_total;
-    a.log_probs[n] = of_label - a.log_sums[n];
+    a.log_probs[n] = of_label - peak - log_total;
     // log Σ + Σ p (peak - logit), neither below 0: in −Σ p · logit large numbers would cancel if the model is sure
     if (a.entropies) a.entropies[n] = log_total + distance / total;
     if (!a.grads) return;

@@ -222,6 +222,19 @@ def test_log_probs_and_entropy_at_a_temperature_are_those_of_pytorch_in_float64(
         assert ((found.double() - reference).norm() / reference.norm()).item() < tolerance
 
 
+@pytest.mark.parametrize("peak", [10.0, 17.0, 20.0])
+def test_what_a_nearly_sure_token_lacks_is_not_lost_beside_it(peak, request):
+    """Of 6,400 entries the others weigh 0.2 to 1e-5 together, and each of them less than float32 sees beside a 1."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, labels = torch.eye(2, E), 1e-3 * torch.randn(6400, E, generator=generator), torch.tensor([17, 4242])
+    weight[labels, [0, 1]] = peak
+    ours = linear_log_probs_and_entropy(x, weight, labels)
+    theirs = plain_log_probs_and_entropy(x.double(), weight.double(), labels, 1.0)
+    relative, absolute = (1e-4, 0) if request.node.callspec.params["way"] in WAYS[:3] else (0, 4e-6)
+    for found, reference in zip(ours, theirs, strict=True):
+        assert torch.allclose(found.double(), reference, rtol=relative, atol=absolute)
+
+
 @pytest.mark.parametrize("temperature", [0.3, 2.5])
 @pytest.mark.parametrize("frozen", [False, True], ids=["all trained", "weight frozen"])
 def test_log_probs_alone_take_the_temperature_too(temperature, frozen, upstream):
