@@ -14,6 +14,7 @@ from rich.text import Text
 from data_prep.readers import BadRecord, detect_format, list_files, read_chunk, split_into_chunks, stage_of_file
 from minigpt.dataset.chat import ANSWER, CONTEXT, TAG, ChatEncoder
 from minigpt.dataset.records import STAGES
+from minigpt.dataset.shards import PackedDataset, is_packed
 from minigpt.errors import UserError
 
 SHIPPED_TOKENIZER = Path(__file__).parents[1] / "minigpt" / "model"
@@ -54,8 +55,8 @@ def inspect(
     console = console or Console()
     if stage is not None and stage not in STAGES:
         raise UserError(f"stage {stage!r} is not known: use one of {', '.join(STAGES)}")
-    if (path / "manifest.json").is_file():
-        _inspect_packed(path, ChatEncoder(tokenizer or path), records, max_chars, console)
+    if is_packed(path):
+        _inspect_packed(PackedDataset(path), tokenizer, records, max_chars, console)
         return
     encoder = ChatEncoder(tokenizer or SHIPPED_TOKENIZER)
     files = list_files([path])
@@ -117,15 +118,15 @@ def _encode(record: dict[str, Any], stage: str, encoder: ChatEncoder) -> list[tu
     return [("", encoder.encode(record["messages"], tools=tools, tag_code=TAG if stage == "reason" else ANSWER))]
 
 
-def _inspect_packed(path: Path, encoder: ChatEncoder, records: int, max_chars: int, console: Console) -> None:
-    from minigpt.dataset.shards import PackedDataset
-
-    dataset = PackedDataset(path)
+def _inspect_packed(
+    dataset: PackedDataset, tokenizer: Path | None, records: int, max_chars: int, console: Console
+) -> None:
+    encoder = ChatEncoder(tokenizer or dataset.folder)
     rows = [dataset.row(i) for i in range(min(SAMPLE, len(dataset)))]
     sides = [_packed_sequences(row) for row in rows]
     console.print(
         _summary(
-            path=str(path),
+            path=str(dataset.folder),
             format="minigpt-arrow",
             stage=dataset.stage,
             rows=f"{len(dataset):,} of {dataset.seq_len:,} tokens",

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -31,7 +31,7 @@ import numpy as np
 
 from data_prep.clean import MIN_EVAL_UNITS, SCRIPTS, ContaminationIndex, Filters, near_duplicates
 from data_prep.plan import Rows, choose_valid, first_occurrences, one_row_each, pack_whole, pack_with_splits
-from data_prep.readers import WORK, detect_format, list_files, read_exam_texts, split_into_chunks
+from data_prep.readers import detect_format, list_files, read_exam_texts, split_into_chunks
 from data_prep.spill import MAX_EXAMPLES, Job, load_job, npy_bytes, spill_path, tokenize_chunk
 from minigpt.dataset.shards import (
     DEFAULT_WEIGHT_TABLE,
@@ -42,11 +42,13 @@ from minigpt.dataset.shards import (
     TOKENIZER_FILES,
     VERSION,
     WEIGHTED_STAGES,
+    WORK,
     NoSpaceError,
     Ragged,
     ShardFormat,
     ShardWriter,
     file_sha256,
+    has_manifest,
     read_manifest,
     token_dtype,
     tokenizer_hash,
@@ -277,7 +279,7 @@ def _existing(output: Path, options: PackOptions, job: Job) -> dict[str, Any] | 
     """The manifest of the same dataset, if `output` holds it; makes room for a new one if that was asked for."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: name a folder as output.")
-    if (output / MANIFEST).exists():
+    if has_manifest(output):
         if not options.overwrite:
             manifest, _ = read_manifest(output)
             if _same_dataset(manifest, options, job):
@@ -289,7 +291,7 @@ def _existing(output: Path, options: PackOptions, job: Job) -> dict[str, Any] | 
             raise UserError(f"{output} holds the tokenizer that --overwrite would remove: copy it elsewhere first.")
         (output / MANIFEST).unlink()
         _clear(output)
-    elif output.exists() and not (output / WORK).is_dir() and any(output.iterdir()):
+    elif output.exists() and any(output.iterdir()) and ((output / MANIFEST).exists() or not (output / WORK).is_dir()):
         raise UserError(f"{output} is not empty and not a dataset: name a new folder as output.")
     return None
 
@@ -352,7 +354,13 @@ def _prepare(work: Path, job: Job, options: PackOptions) -> None:
 
 
 def _clear(output: Path) -> None:
-    for name in (*SPLITS, *TOKENIZER_COPIES):
+    """Remove what packing wrote, and nothing that somebody else put beside it."""
+    for split in SPLITS:
+        for shard in (output / split).glob("shard_*.arrow*"):
+            shard.unlink()
+        with suppress(OSError):  # it is not there, or holds something else
+            (output / split).rmdir()
+    for name in TOKENIZER_COPIES:
         _remove(output / name)
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigpt.dataset.records import RecordError, canonical, guess_stage, texts_of
-from minigpt.dataset.shards import FORMAT, MANIFEST
+from minigpt.dataset.records import NUL_REASON, RecordError, canonical, check_characters, guess_stage, texts_of
+from minigpt.dataset.shards import MANIFEST, WORK, is_packed
 from minigpt.errors import UserError
 
 SUFFIXES = {
@@ -25,7 +25,6 @@ SUFFIXES = {
 }
 NOT_DATA = {"readme", "license", "licence", "data_license", "copying", "notice", "source", "manifest"}
 """Stems of files that describe a data folder; they are read only when named one by one."""
-WORK = ".packing"  # within a folder that a dataset is being packed into
 CHUNK_BYTES = 4 << 20
 MAX_LINE_BYTES = 8 << 20
 MAX_PART_BYTES = 16 << 20
@@ -77,7 +76,7 @@ def list_files(inputs: Sequence[Path | str]) -> list[Path]:
     for path in map(Path, inputs):
         found = [path]
         if path.is_dir():
-            packed = {p.parent for name in (MANIFEST, WORK) for p in path.rglob(name) if _is_packed(p.parent)}
+            packed = {p.parent for name in (MANIFEST, WORK) for p in path.rglob(name) if is_packed(p.parent)}
             found = sorted(
                 p for p in path.rglob("*") if _is_data_file(p, path) and not packed.intersection((p, *p.parents))
             )
@@ -94,16 +93,6 @@ def list_files(inputs: Sequence[Path | str]) -> list[Path]:
     if not files:
         raise UserError("no input given: name files or folders with --input")
     return list(files)
-
-
-def _is_packed(folder: Path) -> bool:
-    """Whether a dataset was packed into this folder, or is being packed."""
-    if (folder / WORK).is_dir():
-        return True
-    try:
-        return FORMAT in (folder / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, UnicodeError):
-        return False
 
 
 def _is_data_file(path: Path, folder: Path) -> bool:
@@ -164,7 +153,7 @@ def read_chunk(
             continue
         try:
             record = canonical(raw, stage)
-            _check_characters(record)
+            check_characters(record)
             yield number, record
         except RecordError as error:
             yield number, BadRecord(chunk.path, number, str(error))
@@ -376,7 +365,7 @@ def _read_array(chunk: Chunk, max_line_bytes: int) -> Iterator[tuple[int, Any]]:
         file.seek(chunk.start)
         data = file.read(min(chunk.end - chunk.start, MAX_PART_BYTES))
         at_end = not file.read(1)
-    text = data.decode("utf-8", "surrogateescape")  # a bad byte spoils its own record only: see _check_characters
+    text = data.decode("utf-8", "surrogateescape")  # a bad byte spoils its own record only: see check_characters
     decoder, number, position = json.JSONDecoder(), chunk.first_line, 0
     skip_space = re.compile(r"[ \t\r\n]*").match
     while True:
@@ -468,35 +457,6 @@ def _rows_of(path: str, number: int, batch: Any) -> list[Any]:
 def _read_raw(chunk: Chunk, max_line_bytes: int) -> Iterator[tuple[int, Any]]:
     read = {"jsonl": _read_lines, "json": _read_array, "parquet": _read_rows}[chunk.format]
     return read(chunk, max_line_bytes)
-
-
-NUL_REASON = "holds a NUL character: it is not text, or not UTF-8"
-
-
-def _check_characters(value: Any) -> None:
-    """Refuse what JSON can spell but text cannot hold: NUL and half a surrogate pair (or a byte that is not UTF-8)."""
-    if isinstance(value, str):
-        if "\0" in value:
-            raise RecordError(NUL_REASON)
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise RecordError(_surrogate(error)) from None
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_characters(key)
-            _check_characters(item)
-    elif isinstance(value, list):
-        for item in value:
-            _check_characters(item)
-
-
-def _surrogate(error: UnicodeEncodeError) -> str:
-    code = ord(error.object[error.start])
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"not UTF-8: the byte 0x{code - 0xDC00:02x} (or half a surrogate pair)"
-    return f"half a surrogate pair, \\u{code:04x}, which is no character"
 
 
 def _first_line(error: Exception) -> str:

@@ -8,9 +8,10 @@ render conversations with the same `ChatEncoder`.
 `(cross_entropy(model(x), y) * mask).sum() / mask.sum()` is the loss.
 """
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from minigpt.dataset.chat import ANSWER, TAG, ChatEncoder
-from minigpt.dataset.records import Record, RecordError, canonical
+from minigpt.dataset.records import Record, RecordError, canonical, check_characters
 from minigpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def read_jsonl(path: str | Path, stage: str) -> Iterator[Record]:
     found = False
     for number, raw in _json_values(path):
         try:
+            check_characters(raw)
             record = canonical(raw, stage)
-        except RecordError as error:
+        except (RecordError, RecursionError) as error:
             raise UserError(f"{path}:{number}: {error}") from error
         found = True
         yield record
@@ -55,21 +57,22 @@ def read_jsonl(path: str | Path, stage: str) -> Iterator[Record]:
 def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
     number = 1
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            if file.read(1) == "[":
-                file.seek(0)
-                yield from enumerate(json.load(file), start=1)
+        with path.open("rb") as file:
+            first = file.readline().removeprefix(codecs.BOM_UTF8)
+            if first.startswith(b"["):
+                yield from enumerate(json.loads((first + file.read()).decode("utf-8")), start=1)
                 return
-            file.seek(0)
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(chain([first], file), start=1):
                 if line.strip():
-                    yield number, json.loads(line.rstrip())
+                    yield number, json.loads(line.decode("utf-8").rstrip())
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{number + error.lineno - 1}: broken JSON at column {error.colno}: {error.msg}"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}): save the file as UTF-8") from error
+    except RecursionError as error:
+        raise UserError(f"{path}:{number}: broken JSON: {error}") from error
 
 
 class TokenRows:

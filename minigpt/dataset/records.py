@@ -53,8 +53,37 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _CJK = re.compile(r"[\u4e00-\u9fff]")
 
 
+NUL_REASON = "holds a NUL character: it is not text, or not UTF-8"
+
+
 class RecordError(ValueError):
     """Why a record cannot be used, as the end of a sentence."""
+
+
+def check_characters(value: Any) -> None:
+    """Refuse what JSON can spell but text cannot hold: NUL and half a surrogate pair (or a byte that is not UTF-8)."""
+    if isinstance(value, str):
+        if "\0" in value:
+            raise RecordError(NUL_REASON)
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise RecordError(_surrogate(error)) from None
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_characters(key)
+            check_characters(item)
+    elif isinstance(value, list):
+        for item in value:
+            check_characters(item)
+
+
+def _surrogate(error: UnicodeEncodeError) -> str:
+    code = ord(error.object[error.start])
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"not UTF-8: the byte 0x{code - 0xDC00:02x} (or half a surrogate pair)"
+    return f"half a surrogate pair, \\u{code:04x}, which is no character"
 
 
 def canonical(raw: Any, stage: str) -> Record:

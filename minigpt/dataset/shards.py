@@ -36,6 +36,7 @@ from minigpt.system import cache_folders, sync
 FORMAT = "minigpt-arrow"
 VERSION = 1
 MANIFEST = "manifest.json"
+WORK = ".packing"  # within a folder that a dataset is being packed into
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 PACKED_STAGES = ("pretrain", "sft", "reason")  # rows of exactly seq_len tokens
@@ -237,6 +238,20 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return sealed
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether a manifest of ours is there, be it damaged: many programs call a file manifest.json."""
+    try:
+        return f'"format": "{FORMAT}"'.encode() in (Path(folder) / MANIFEST).read_bytes()
+    except OSError:
+        return False
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a dataset was packed into this folder, whole or not, or is being packed."""
+    folder = Path(folder)
+    return has_manifest(folder) or (folder / WORK).is_dir() or any((folder / "train").glob("shard_*.arrow"))
+
+
 def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     """The manifest of a finished dataset and the dataset's fingerprint (SHA-256 of the file).
 
@@ -250,6 +265,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
             f"{folder} has no {MANIFEST}, so it is not a finished dataset: run the same `minigpt data pack` command "
             "again, it goes on where it stopped."
         )
+    if not has_manifest(folder):
+        raise UserError(f"{path} is of no packed dataset: pack one with `minigpt data pack` into a folder of its own.")
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from minigpt.dataset.shards import MANIFEST, PackedDataset, tokenizer_hash
+from minigpt.dataset.shards import PackedDataset, is_packed, tokenizer_hash
 from minigpt.errors import UserError
 from minigpt.model.hf import special_token_ids
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
@@ -87,8 +87,8 @@ def compile_wanted(options: TrainOptions, device: torch.device, run_flops: float
     installed = _can_compile(device)
     if options.compile and not installed:
         raise UserError(
-            "--compile true needs a C++ compiler and Python's headers (sudo apt-get install g++ python3-dev); "
-            "leave it out to train without"
+            f"--compile true needs a {'C' if device.type == 'cuda' else 'C++'} compiler and Python's headers "
+            "(sudo apt-get install g++ python3-dev); leave it out to train without"
         )
     if options.compile is not None:
         return options.compile
@@ -147,7 +147,7 @@ def _check_paths(stage: Stage, options: TrainOptions) -> None:
 
 def _packed_folder(options: TrainOptions) -> Path | None:
     """The folder of `--data` when it is packed already (or is meant to be: then opening it says what is wrong)."""
-    packed = [p for p in options.data or [] if p.is_dir() and ((p / MANIFEST).exists() or (p / "train").is_dir())]
+    packed = [p for p in options.data or [] if p.is_dir() and is_packed(p)]
     if packed and len(options.data or []) > 1:
         raise UserError(f"--data takes one packed folder, or raw files: {packed[0]} is packed; pack all together")
     return packed[0] if packed else None

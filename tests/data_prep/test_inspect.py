@@ -97,6 +97,18 @@ def test_a_packed_dataset_shows_what_its_source_showed(stage: str, tmp_path: Pat
     assert [line for line in output.splitlines() if line.startswith(frames)] == lines != []
 
 
+def test_a_folder_with_a_manifest_of_somebody_else_is_one_of_raw_files(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    write_jsonl(tmp_path / "a.jsonl", {"text": "first"})
+    assert "first<|endoftext|>" in shown(tmp_path)
+
+
+def test_a_dataset_that_is_not_finished_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / ".packing").mkdir()
+    with pytest.raises(UserError, match="not a finished dataset"):
+        shown(tmp_path)
+
+
 def test_long_records_are_cut_and_control_characters_drawn(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", {"text": "\x1b[31mred\x07" + "word " * 100})
     output = shown(path, max_chars=50)

@@ -641,6 +641,46 @@ def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("manifest", ["{}", '{"formats": ["minigpt-arrow"]}', "no JSON"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_manifest_of_somebody_else_is_no_dataset_to_overwrite(manifest, begun, tmp_path):
+    """Many programs call a file manifest.json, and many folders are called train."""
+    source, out = write_texts(tmp_path / "a.jsonl", texts(20, 3)), tmp_path / "out"
+    for name, content in (("manifest.json", manifest), ("train/photo.txt", "of the family"), ("tokenizer.json", "{}")):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(content)
+    if begun:
+        (out / ".packing").mkdir()
+    before = tree(out)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="not empty and not a dataset"):
+            pack(options("pretrain", source, out, overwrite=overwrite))
+        assert tree(out) == before
+
+
+def test_overwrite_removes_what_packing_wrote_and_nothing_else(tmp_path):
+    source, out = write_texts(tmp_path / "a.jsonl", texts(20, 3)), tmp_path / "out"
+    pack(options("pretrain", source, out, valid_fraction=0.5))
+    (out / "train" / "photo.txt").write_text("of the family")
+    pack(options("pretrain", source, out, seq_len=64, valid_fraction=0, overwrite=True))
+    pack(options("pretrain", source, tmp_path / "reference", seq_len=64, valid_fraction=0))
+    assert (out / "train" / "photo.txt").read_text() == "of the family"
+    (out / "train" / "photo.txt").unlink()
+    assert tree(out) == tree(tmp_path / "reference")
+    assert not (out / "valid").exists()
+
+
+def test_a_damaged_manifest_can_be_overwritten(tmp_path):
+    source, out = write_texts(tmp_path / "a.jsonl", texts(20, 3)), tmp_path / "out"
+    pack(options("pretrain", source, out))
+    whole, path = tree(out), out / "manifest.json"
+    path.write_bytes(path.read_bytes()[:200] + b"\xff")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged or was edited: .* --overwrite"):
+        pack(options("pretrain", source, out))
+    pack(options("pretrain", source, out, overwrite=True))
+    assert tree(out) == whole
+
+
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(corpus, packed, tmp_path):
     program = """
 import resource, sys

@@ -143,6 +143,11 @@ def test_a_json_array_is_read_too(tmp_path: Path, tokenizer: PreTrainedTokenizer
         (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: broken JSON"),
         (b'{"text": "a"}\n\n{"content": "b"}', r"bad\.jsonl:3: found the keys content; a pretrain record has text"),
         (b'{"text": "\xff"}', r"bad\.jsonl:1: not UTF-8"),
+        (b'{"text": "a"}\n' * 49 + b'{"text": "\xff"}\n{"text": "b"}', r"bad\.jsonl:50: not UTF-8"),
+        (b'{"text": "a"}\n{"text": "b\0"}', r"bad\.jsonl:2: "),
+        (b'{"text": "a"}\n{"text": "b\\u0000"}', r"bad\.jsonl:2: holds a NUL"),
+        (b'{"text": "a\\ud83d"}', r"bad\.jsonl:1: half a surrogate pair"),
+        (b'{"text": ' + b"[" * 200_000, r"bad\.jsonl:1: broken JSON"),
         (b"[1]", r"bad\.jsonl:1: the record is a number"),
     ],
 )

@@ -210,6 +210,9 @@ def test_missing_parts_are_named(tmp_path):
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match="not a finished dataset"):
         PackedDataset(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"manifest\.json is of no packed dataset"):
+        PackedDataset(tmp_path)
 
 
 def test_a_remembered_file_is_not_hashed_again_and_a_fresh_one_is_not_remembered(tmp_path):

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from small_run import SMALL
 
+from minigpt import cli
+from minigpt.dataset.shards import PackedDataset
+
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
@@ -27,8 +30,6 @@ def refused(minigpt, tmp_path):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, packed):
     """A finished pretrain run, made once."""
-    from minigpt import cli
-
     run = tmp_path_factory.mktemp("base") / "run"
     cli.main(["train", "pretrain", *SMALL, "--data", str(packed), "--save_dir", str(run), "--max_steps", "1"])
     return run
@@ -143,6 +144,18 @@ def test_an_unfinished_dataset(packed, tmp_path, refused):
     shutil.copytree(packed, unfinished)
     (unfinished / "manifest.json").unlink()
     assert "not a finished dataset" in refused("pretrain", "--data", unfinished)
+
+
+def test_raw_files_may_lie_in_a_folder_called_train(tmp_path, train):
+    """What is packed is decided alike for --data and for `minigpt data pack --input`."""
+    data = tmp_path / "mydata"
+    (data / "train").mkdir(parents=True)
+    (data / "train" / "a.jsonl").write_text('{"text": "the river and the stone"}\n' * 3 + '{"text": "a bird"}\n')
+    (data / "manifest.json").write_text("{}")
+    packed_elsewhere = data / "packed"
+    assert "packed 1 rows" in train("pretrain", "--data", data, "--save_dir", tmp_path / "run", "--max_steps", 1)
+    cli.main(["data", "pack", "--stage", "pretrain", "--input", str(data), "--output", str(packed_elsewhere)])
+    assert PackedDataset(packed_elsewhere).manifest["inputs"] == PackedDataset(tmp_path / "run/data").manifest["inputs"]
 
 
 def test_sft_never_starts_from_random_weights(conversations, refused):
