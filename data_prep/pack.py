@@ -289,6 +289,7 @@ def _existing(output: Path, options: PackOptions, job: Job) -> dict[str, Any] | 
             )
         if _tokenizer_folder(options).resolve() == output.resolve():
             raise UserError(f"{output} holds the tokenizer that --overwrite would remove: copy it elsewhere first.")
+        (output / WORK).mkdir(exist_ok=True)  # killed from here on, the next run still knows the folder as ours
         (output / MANIFEST).unlink()
         _clear(output)
     elif output.exists() and any(output.iterdir()) and ((output / MANIFEST).exists() or not (output / WORK).is_dir()):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.dataset.records import NUL_REASON, RecordError, canonical, check_characters, guess_stage, texts_of
-from minigpt.dataset.shards import MANIFEST, WORK, is_packed
+from minigpt.dataset.shards import is_packed
 from minigpt.errors import UserError
 
 SUFFIXES = {
@@ -76,7 +76,7 @@ def list_files(inputs: Sequence[Path | str]) -> list[Path]:
     for path in map(Path, inputs):
         found = [path]
         if path.is_dir():
-            packed = {p.parent for name in (MANIFEST, WORK) for p in path.rglob(name) if is_packed(p.parent)}
+            packed = {folder for folder in (path, *path.rglob("*/")) if is_packed(folder)}
             found = sorted(
                 p for p in path.rglob("*") if _is_data_file(p, path) and not packed.intersection((p, *p.parents))
             )

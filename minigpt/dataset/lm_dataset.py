@@ -60,7 +60,8 @@ def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open("rb") as file:
             first = file.readline().removeprefix(codecs.BOM_UTF8)
             if first.startswith(b"["):
-                yield from enumerate(json.loads((first + file.read()).decode("utf-8")), start=1)
+                text = (first + file.read()).decode("utf-8", "surrogateescape")  # a bad byte is named with its record
+                yield from enumerate(json.loads(text), start=1)
                 return
             for number, line in enumerate(chain([first], file), start=1):
                 if line.strip():
@@ -71,7 +72,7 @@ def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}): save the file as UTF-8") from error
-    except RecursionError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}:{number}: broken JSON: {error}") from error
 
 

@@ -491,8 +491,10 @@ def test_an_output_within_the_input_is_not_read_as_input(tmp_path):
     pack(options("pretrain", data / "a.jsonl", tmp_path / "reference"))
     assert tree(data / "packed") == tree(tmp_path / "reference")
     pack(options("pretrain", data, data / "second", seq_len=64))
-    with pytest.raises(UserError, match="holds what is packed already, and no other data file"):
-        pack(options("pretrain", data / "packed", tmp_path / "again"))
+    for lost in ("manifest.json", "nothing more"):
+        with pytest.raises(UserError, match="holds what is packed already, and no other data file"):
+            pack(options("pretrain", data / "packed", tmp_path / "again"))
+        (data / "packed" / lost).unlink(missing_ok=True)  # then `--data` calls it unfinished
 
 
 def test_overwrite_never_removes_the_tokenizer_that_it_would_need(tmp_path):
@@ -668,6 +670,19 @@ def test_overwrite_removes_what_packing_wrote_and_nothing_else(tmp_path):
     (out / "train" / "photo.txt").unlink()
     assert tree(out) == tree(tmp_path / "reference")
     assert not (out / "valid").exists()
+
+
+def test_killed_while_it_overwrites_the_next_run_goes_on(tmp_path, monkeypatch):
+    source, out = write_texts(tmp_path / "a.jsonl", texts(20, 3)), tmp_path / "out"
+    pack(options("pretrain", source, out, seq_len=64))
+    monkeypatch.setattr("data_prep.pack._clear", lambda output: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        pack(options("pretrain", source, out, overwrite=True))
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pack(options("pretrain", source, out, overwrite=True))
+    pack(options("pretrain", source, tmp_path / "reference"))
+    assert tree(out) == tree(tmp_path / "reference")
 
 
 def test_a_damaged_manifest_can_be_overwritten(tmp_path):

@@ -148,6 +148,8 @@ def test_a_json_array_is_read_too(tmp_path: Path, tokenizer: PreTrainedTokenizer
         (b'{"text": "a"}\n{"text": "b\\u0000"}', r"bad\.jsonl:2: holds a NUL"),
         (b'{"text": "a\\ud83d"}', r"bad\.jsonl:1: half a surrogate pair"),
         (b'{"text": ' + b"[" * 200_000, r"bad\.jsonl:1: broken JSON"),
+        (b'[{"text": "a"},\n{"text": "\xff"}]', r"bad\.jsonl:2: not UTF-8"),
+        (b'{"text": "a"}\n{"text": ' + b"9" * 5000 + b"}", r"bad\.jsonl:2: broken JSON"),
         (b"[1]", r"bad\.jsonl:1: the record is a number"),
     ],
 )
