@@ -137,13 +137,17 @@ def defined_names(path: Path) -> frozenset[str]:
 def test_names_in_tables_of_code_are_defined_in_their_file(page):
     for line in prose(page).splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        file = re.fullmatch(r"`([\w/]+\.py)`", cells[0])
+        file = re.fullmatch(r"`([\w/]+(?:\.py|/))`", cells[0])
         if not line.startswith("|") or not file or len(cells) < 2:
             continue
         path = ROOT / file[1]
+        modules = [path] if path.suffix else list(path.rglob("*.py"))
+        defined = frozenset().union(*map(defined_names, modules))
+        if not modules:
+            continue
         for name in INLINE_CODE.findall(cells[1]):
             if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)?", name):
-                assert name in defined_names(path), f"{file[1]} defines no {name}"
+                assert name in defined, f"{file[1]} defines no {name}"
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

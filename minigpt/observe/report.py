@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from minigpt.errors import UserError
 from minigpt.observe.hardware import summarise_hardware
-from minigpt.observe.metrics import METRICS_FILE, format_duration, read_metrics
+from minigpt.observe.metrics import METRICS_FILE, format_duration, read_metrics, whole_file
 from minigpt.observe.plots import Curve, always_zero, phase_seconds, plot_details, plot_loss, plot_reward, plot_stages
 from minigpt.observe.reference import Band, check_against, load_band
 
@@ -149,12 +149,12 @@ def build_report(run_dir: Path, *, compare: Sequence[Path] = ()) -> Path:
     plots = run_dir / PLOT_FOLDER
     curves = [other.curve(other.folder.resolve().name) for other in others]
     if run.curve().is_rl:
-        main = _image(
-            "Reward, and accuracy on held-out prompts", plot_reward(run.curve(), plots / "reward.png", curves), run_dir
-        )
+        title, path = "Reward, and accuracy on held-out prompts", plots / "reward.png"
+        main = _image(title, _drawn(plot_reward, path, run.curve(), compare=curves), run_dir)
     else:
-        main = _image("Training and validation loss", plot_loss(run.curve(), plots / "loss.png", curves), run_dir)
-    details_png = plot_details(run.curve(), plots / "details.png")
+        title, path = "Training and validation loss", plots / "loss.png"
+        main = _image(title, _drawn(plot_loss, path, run.curve(), compare=curves), run_dir)
+    details_png = _drawn(plot_details, plots / "details.png", run.curve())
     parts = [
         f"# {run.stage}: {run.folder.resolve().name}",
         _status_sentence(run),
@@ -162,7 +162,7 @@ def build_report(run_dir: Path, *, compare: Sequence[Path] = ()) -> Path:
         "\n".join(f"- {sentence}" for sentence in _judgements(run)),
         markdown_table([run_row(each) for each in [run, *others]]),
         before_and_after(run),
-        _image("Everything else that was recorded", details_png, run_dir) if details_png else "",
+        _image("Everything else that was recorded", details_png, run_dir),
         _phase_section(run),
         evaluation_section(run_dir),
         _samples_section(run.summary.get("samples")),
@@ -209,7 +209,9 @@ def _rl_judgements(run: Run) -> list[str]:
     def late(key: str) -> float:
         return quarters[key][-1] if quarters.get(key) else math.nan
 
-    equal, score = late("zero_variance_groups"), "accuracy" if "accuracy" in quarters else "reward"
+    score = "accuracy" if "accuracy" in quarters else "reward"
+    has_critic = "explained_variance" in quarters  # then groups of equal rewards teach all the same
+    equal = math.nan if has_critic else late("zero_variance_groups")
     if equal > 0.5:
         remedy = (
             "most are right already: stop here, or ask harder questions"
@@ -408,7 +410,8 @@ def build_quickstart_report(folder: Path) -> Path:
         raise UserError(f"{folder} holds neither stage runs nor a summary.json; give the folder that quickstart wrote")
     parts = [f"# {folder.resolve().name}: from raw text to a model that chats"]
     if runs:
-        curves_png = plot_stages([run.curve(run.folder.name) for run in runs], folder / PLOT_FOLDER / "curves.png")
+        curves = [run.curve(run.folder.name) for run in runs]
+        curves_png = _drawn(plot_stages, folder / PLOT_FOLDER / "curves.png", curves)
         parts.append(_image("Loss of each stage, score where rewards teach", curves_png, folder))
     stages = summary.get("stages")
     parts.append(markdown_table([stage_row(stage) for stage in stages] if stages else [run_row(run) for run in runs]))
@@ -445,12 +448,12 @@ def stage_row(stage: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _stage_section(run: Run, folder: Path) -> str:
-    details_png = plot_details(run.curve(), folder / PLOT_FOLDER / f"{run.folder.name}.png")
+    details_png = _drawn(plot_details, folder / PLOT_FOLDER / f"{run.folder.name}.png", run.curve())
     parts = [
         f"## {run.folder.name}",
         "\n".join(f"- {sentence}" for sentence in [_status_sentence(run), *_judgements(run)]),
         before_and_after(run, level=3),
-        _image(f"{run.folder.name}: everything else that was recorded", details_png, folder) if details_png else "",
+        _image(f"{run.folder.name}: everything else that was recorded", details_png, folder),
         _phase_section(run, level=3),
         _paired_samples(run, level=3),
         evaluation_section(run.folder, level=3),
@@ -566,15 +569,24 @@ def fence(text: str) -> str:
     return f"{marks}text\n{text}\n{marks}"
 
 
-def _image(title: str, path: Path, folder: Path) -> str:
+def _drawn(plot: Callable[..., Path | None], path: Path, *curves: Any, **more: Any) -> Path | None:
+    """What `plot` draws, at `path`, or None when it finds nothing to draw."""
+    with whole_file(path) as temporary:
+        drawn = plot(*curves, temporary, **more)
+    return path if drawn else None
+
+
+def _image(title: str, path: Path | None, folder: Path) -> str:
+    """A picture in Markdown; nothing when there is none."""
+    if path is None:
+        return ""
     return f"![{title}]({path.relative_to(folder).as_posix()})"
 
 
 def _write_report(folder: Path, parts: Iterable[str]) -> Path:
     path = folder / REPORT_FILE
-    temporary = path.with_name(REPORT_FILE + ".tmp")
-    temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
 
 

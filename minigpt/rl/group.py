@@ -166,7 +166,7 @@ class WorkerGroup:
     def _hung(self, rank: int, what: str) -> NoReturn:
         raise UserError(
             f"{self.role} worker {rank} did not finish to {what} within {self.timeout:g} s; if it is only slow, "
-            "raise --timeout; the run goes on from its last checkpoint"
+            "raise --timeout; the same command goes on from the last checkpoint that --save_interval left"
         ) from None
 
     def kill(self) -> None:

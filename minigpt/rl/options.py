@@ -187,7 +187,7 @@ class RLOptions:
             self._require(getattr(self, name) >= 1, name, "at least 1")
         not_negative = (
             *("kl_coefficient", "entropy_coefficient", "clip_low", "restarts", "dynamic_sampling", "overlong_buffer"),
-            "lora_rank",
+            *("lora_rank", "seed"),
         )
         for name in not_negative:
             self._require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0")

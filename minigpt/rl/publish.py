@@ -66,7 +66,7 @@ class Pieces(NamedTuple):
 class Bucket:
     """Some tensors: `data` are references to what each rank put into Ray's store of them, the `slices` of its pieces.
 
-    None: they are elsewhere."""
+    Nothing: they are elsewhere."""
 
     entries: list[Entry]
     data: list[Any]

@@ -110,12 +110,12 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
                     return trial.go(resume)
                 except WorkerDied as death:
                     run.pause()
-                    if attempt == options.restarts:
-                        raise UserError(
-                            f"{death}; the same command goes on from the last checkpoint in {options.save_dir}"
-                        ) from death
-                    run.say(f"{death}; starting its group again from the last checkpoint")
                     resume = resume or trial.saved
+                    saved = resume and checkpoint.list_checkpoints(options.save_dir)
+                    if attempt == options.restarts:
+                        raise UserError(f"{death}; {_how_to_go_on(run, bool(saved))}") from death
+                    where = "from the last checkpoint" if saved else "from the beginning, since nothing was saved yet"
+                    run.say(f"{death}; starting its group again {where}")
         raise AssertionError
     except WorkerFailed as failure:
         run.pause()
@@ -288,6 +288,12 @@ class _Attempt:
         )
 
 
+def _how_to_go_on(run: Run, saved: bool) -> str:
+    if saved:
+        return f"{run.same_command} goes on from the last checkpoint in {run.folder}"
+    return "no checkpoint was saved yet, so the run has to begin anew; --save_interval N saves one every N steps"
+
+
 def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, PackedDataset | None]:
     """The prompts of training, and those held out."""
     packing = TrainOptions(
@@ -300,11 +306,14 @@ def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, Pa
         overwrite=options.overwrite,
     )
     source = prepare_data(stage, packing, ALONE)
-    if options.eval_data is None:
+    asked = options.eval_data
+    if asked is None and options.data is None:  # sums of operands that stand nowhere in the micro-world
+        asked = [options.save_dir / "microworld" / "heldout_sums.jsonl"]
+    if asked is None:
         heldout = source.valid
     else:
         folder = options.save_dir / "heldout"
-        judged = replace(packing, data=options.eval_data, save_dir=folder)
+        judged = replace(packing, data=asked, save_dir=folder)
         judged_source = prepare_data(stage, judged, ALONE, valid_fraction=0)
         heldout = judged_source.valid
         if heldout is not None:
@@ -318,7 +327,7 @@ def _prompts(stage: RLStage, options: RLOptions, init: Path) -> tuple[Source, Pa
             heldout = judged_source.train
     for data in filter(None, (source.train, heldout)):
         check_packed_for(init, data)
-    if heldout is not None and options.eval_data is not None:
+    if heldout is not None and asked is not None:
         _say_what_is_trained_on(source.train, heldout)
     return source, heldout
 

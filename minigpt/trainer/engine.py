@@ -297,7 +297,8 @@ class Engine:
         """
         zero = self.config["zero_optimization"]
         on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
-        if self.zero_stage < 3 or on_disk or zero.get("zero_quantized_weights"):
+        quantized = zero.get("zero_quantized_weights") or zero.get("zero_quantized_nontrainable_weights")
+        if self.zero_stage < 3 or on_disk or quantized:
             return None
         spread: Any = parameter
         part: torch.Tensor = spread.ds_tensor.detach()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -334,6 +336,10 @@ def test_what_goes_wrong_in_a_run_of_rewards_is_said(tmp_path, changed, sentence
     assert sentence not in rl_report(tmp_path / "good")
 
 
+def test_groups_of_equal_rewards_are_no_fault_where_a_critic_learns_from_them(tmp_path):
+    assert "teach nothing" not in rl_report(tmp_path / "ppo", zero_variance_groups=1.0, explained_variance=0.5)
+
+
 def test_a_rising_kl_and_a_collapsed_entropy_are_said(tmp_path):
     records = rl_records(zero_variance_groups=0.9)
     for record in records[1:-1]:
@@ -400,3 +406,23 @@ def test_keys_are_found_outermost_first():
     assert find_key({"model": {"vocab_size": 1}, "vocab_size": 2}, "vocab_size") == 2
     assert find_key({"a": {"b": {"c": 0}}}, "c") == 0
     assert find_key({"a": 1}, "b") is None
+
+
+@pytest.mark.parametrize(("limit", "file"), [(2000, "report/loss.png"), (200, "report.md")])
+def test_a_report_on_a_full_disk_names_the_file_and_leaves_the_last_report_as_it_was(tmp_path, limit, file):
+    run = write_run(tmp_path / "run", records=train_records(60, 8.764))
+    build_report(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    program = f"""
+import resource
+from minigpt import cli
+from minigpt.observe import report
+report.plot_loss = report.plot_loss if {limit} > 1000 else lambda curve, path, compare: path
+report.plot_details = lambda curve, path: None
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+cli.main(["report", {str(run)!r}])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == (f"error: {run / file}: File too large; free some space and run the same command again\n")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -550,7 +550,7 @@ def checkout_of_ours(folder: Path) -> Path:
         shutil.copy(REPOSITORY / name, folder / name)
     with (folder / "minigpt" / "rl" / "run.py").open("a") as file:
         file.write("\nprint('the controller is', __file__, flush=True)\n")
-    with (folder / "minigpt" / "rl" / "workers.py").open("a") as file:  # of which summary.json tells
+    with (folder / "minigpt" / "rl" / "workers" / "policy.py").open("a") as file:  # of which summary.json tells
         file.write("\nPolicyWorker.describe = lambda self: {**TrainedWorker.describe(self), 'parameters': 4242}\n")
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     subprocess.run(["git", "add", "."], cwd=folder, check=True)

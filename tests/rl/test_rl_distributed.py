@@ -307,7 +307,7 @@ def test_weights_with_their_adapters_are_published_at_zero_3_beside_shares_of_ot
         assert torch.equal(tensor, before[name]) != name.endswith(("q_proj.weight", "down_proj.weight")), name
 
 
-def test_an_adapter_alone_is_gathered_and_broadcast_at_zero_3(run, batches, tmp_path):
+def test_an_adapter_alone_is_published_and_broadcast_at_zero_3(run, batches, tmp_path):
     found = learn(run, tmp_path, batches, 2, 3, lora_rank=4, publish="adapter")
     adapter = {name for name in found.received if "lora_" in name}
     assert found.published.keys() == adapter

@@ -682,3 +682,13 @@ def test_a_reward_model_of_another_tokenizer_is_refused(world, tmp_path):
     options = make_job(world / "sft", reward_model=tmp_path / "reward").options
     with pytest.raises(UserError, match=r"--reward_model .*reward has another tokenizer"):
         _check_judges(options, world / "sft")
+
+
+def test_the_embedded_sums_are_judged_by_sums_that_stand_nowhere_in_them(world, tmp_path):
+    options = replace(make_job(world / "sft").options, save_dir=tmp_path, data=None)
+    assert options.data is options.eval_data is None
+    source, heldout = _prompts(RLStage("grpo"), options, world / "sft")
+    sums = (tmp_path / "microworld" / "heldout_sums.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(heldout) == len(sums) >= 200
+    trained = {source.train.row(row).prompt_ids.tobytes() for row in range(len(source.train))}
+    assert not trained & {heldout.row(row).prompt_ids.tobytes() for row in range(len(heldout))}

@@ -102,7 +102,9 @@ class RolloutWorker(Worker):
     def load(self, published: Published) -> int:
         """Take the weights of a version; a version that is there already is not loaded again."""
         if published.version != self.version:
-            weights = unpack(published, ray.get, self._joined)
+            self.version = -1  # until all of them are there
+            on_cpu = self.device.type == "cpu"  # where what is put together becomes the weights' memory
+            weights = unpack(published, ray.get, self._joined if on_cpu else None)
             if self.adapter_only:
                 expected = self._expected()
                 for name, tensor in weights:
