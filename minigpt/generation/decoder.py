@@ -48,7 +48,7 @@ class Decoder:
         self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
         weight = model.model.embed_tokens.weight
         self.dtype, self.device = weight.dtype, weight.device
-        self.prepares = sum(p.numel() * p.element_size() for p in model.parameters()) <= PREPARED_BYTES
+        self.prepares = prepares(model)
         positions = torch.arange(max_length, device=self.device)[None]
         cos_T1D, sin_T1D = (x[0].transpose(0, 1) for x in model.model.rope(positions, self.dtype))
         # channel i + D/2 turns against channel i: with the sign in the sine, turning needs no negation
@@ -213,6 +213,11 @@ def _packs(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def prepares(model: DecoderModel) -> bool:
+    """Whether the weights of this network are copied into other layouts."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) <= PREPARED_BYTES
 
 
 def adapted_weight(layer: nn.Linear) -> torch.Tensor:

@@ -126,7 +126,7 @@ class Engine:
         self.device = self.decoder.device
         static = graphs_wanted(cuda_graphs, self.device, batch_invariant)
         self._static = StaticDecoder(self.decoder, slots) if static else None
-        native = not static and NativeDecoder.covers(self.decoder)
+        native = not static and NativeDecoder.covers(model)
         self._native = NativeDecoder(self.decoder, slots) if native else None
         self._apart = batch_invariant and not native  # torch computes every sequence in shapes of its own
         self._prefix = PrefixCache(prefix_cache_tokens, INVARIANT_CHUNK if self._apart else PREFIX_BLOCK)
@@ -405,8 +405,7 @@ class Engine:
         self._sampling = None
 
     def _new_cache(self, tokens: int) -> KVCache:
-        dtype = _cache_dtype(self.decoder.dtype, self.device)
-        return KVCache(self.model.config, self.slots, self._bucket(tokens), dtype, self.device)
+        return KVCache(self.model.config, self.slots, self._bucket(tokens), cache_dtype(self.model), self.device)
 
     def _bucket(self, tokens: int) -> int:
         """Room for so many tokens: few different sizes."""
@@ -726,17 +725,19 @@ class Engine:
         return True
 
 
-def _cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if device.type == "cpu" and dtype != torch.float64:
-        return torch.float32  # attention to a few queries is faster in it than in bfloat16 there
-    return dtype
+def cache_dtype(model: MiniGPT) -> torch.dtype:
+    """Of an engine's cache: the model's own, but on a CPU float32 where attention to a few queries is faster in it."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu" or weight.dtype == torch.float64:
+        return weight.dtype
+    return NativeDecoder.cache_dtype(model) if NativeDecoder.covers(model) else torch.float32
 
 
 def cache_bytes(model: MiniGPT, slots: int, tokens: int) -> int:
     """Memory of an engine's cache for so many sequences of so many tokens."""
-    c, weight = model.config, next(model.parameters())
+    c = model.config
     numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * slots * tokens
-    return numbers * _cache_dtype(weight.dtype, weight.device).itemsize
+    return numbers * cache_dtype(model).itemsize
 
 
 IDLE = SamplingParams(temperature=0.0)  # of a row that nobody uses

@@ -46,7 +46,7 @@ struct Network {
 };
 
 struct Cache {
-    float* kv;  // [layers, 2, slots, G, length, D]
+    void* kv;  // [layers, 2, slots, G, length, D]: in bfloat16 where bf16 weights attend by tiles, else in float32
     int64_t slots, length;
 };
 
@@ -143,7 +143,7 @@ static void rotate(const float* x, const float* weight, const Network& net, int6
     }
 }
 
-// softmax(q k^T) v over positions 0 .. row.position. The first `shared` of them are read from `lent`, where others read
+// softmax(q k^T) v of a head over positions 0 .. row.position. The first `shared` of them are read from `lent`, where others read
 // them too. Up to W - 1 keys behind the last are read as well, but not used.
 template <class X>
 static void attend(const float* q, const float* own, const float* lent, int64_t v_offset, const Row& row, int64_t D,
@@ -174,8 +174,150 @@ static void attend(const float* q, const float* own, const float* lent, int64_t 
     }
 }
 
-// T: of the weights. X: of what they are multiplied by.
-template <class T, class X>
+// Whether attention with bf16 weights is computed by tiles, `group` being the heads that read the same keys.
+extern "C" int attends_by_tiles(int64_t D, int64_t group) { return has_tiles() && D % (2 * TILE) == 0 && group <= TILE; }
+
+#if TILES
+struct alignas(4 * TILE) TileRow { bf16 of[2 * TILE]; };
+
+template <int... I>
+static constexpr ints multiples(int of, std::integer_sequence<int, I...>) { return ints{of * I...}; }
+
+// Rows 2 i and 2 i + 1 of a matrix as row i of a right tile: one of its even columns, one of the odd ones.
+static inline void pair_up(const bf16* above, const bf16* below, TileRow& even, TileRow& odd) {
+    words a, b;
+    std::memcpy(&a, above, sizeof a), std::memcpy(&b, below, sizeof b);
+    const words low = (a & 0xffff) | b << 16, high = a >> 16 | (b & 0xffff0000u);
+    std::memcpy(&even, &low, sizeof low), std::memcpy(&odd, &high, sizeof high);
+}
+
+// The even columns and the odd ones, rounded to bfloat16, back in their order.
+static inline void store_pairs(bf16* to, vec even, vec odd) {
+    bf16 narrow[2][W];
+    halves h[2];
+    store(narrow[0], even), store(narrow[1], odd);
+    std::memcpy(h, narrow, sizeof h);
+    const words both = __builtin_convertvector(h[0], words) | __builtin_convertvector(h[1], words) << 16;
+    std::memcpy(to, &both, sizeof both);
+}
+
+// The same for `group` heads of each of `count` rows, at most TILE heads in all, whose rows have the same lender and `shared`:
+// what is shared they read together. Every number is summed up as it would be without the others. Queries and the weights
+// e^(score - greatest score) are rounded to bfloat16.
+//
+//     keys q^T     keys are the left tile, as they lie in the cache; heads are columns
+//     weights v    heads are rows; the values of two tokens become pairs
+//
+// q: [count, group, D]; own(r): the keys of the slot of row r; out(r): [group, D].
+template <class Own, class Out>
+static void attend_by_tiles(const float* q, const Row* rows, int64_t count, int64_t group, Own own, const bf16* lent,
+                            int64_t v_offset, int64_t D, Out out) {
+    constexpr int PAIRS = 2 * TILE, bytes = sizeof(TileRow);
+    static thread_local std::vector<float> score_memory;
+    static thread_local std::vector<TileRow> query_memory, weight_memory;
+    const int64_t heads = count * group, shared = rows[0].shared, together = shared / PAIRS * PAIRS;
+    int64_t room = 0;
+    for (int64_t r = 0; r < count; r++) room = std::max(room, round_up(rows[r].position + 1, PAIRS));
+    score_memory.resize(heads * room), weight_memory.resize(room / PAIRS * heads + TILE), query_memory.assign(D / 2, {});
+    float* const scores = score_memory.data();      // [heads, room]
+    TileRow* const weights = weight_memory.data();  // [room / PAIRS, heads], and something behind for the last tile's rows
+    TileRow* const queries = query_memory.data();   // [D / 2], a pair of each head
+    for (int64_t h = 0; h < heads; h++) {
+        bf16 narrow[D];
+        write(q + h * D, D, 1, narrow);
+        for (int64_t d = 0; d < D; d += 2) std::memcpy(queries[d / 2].of + 2 * h, narrow + d, 2 * sizeof(bf16));
+    }
+
+    static const ints ROWS_OF_A_COLUMN = multiples(TILE, std::make_integer_sequence<int, TILE>());
+    const float scale = 1 / std::sqrt((float)D);
+    auto score = [&](const bf16* keys, int64_t t, int64_t first_head, int64_t last_head) {  // TILE tokens, but none shared
+        float sums[TILE][TILE];
+        asm volatile("" : : : "memory");  // GCC does not know that tiles are loaded from memory
+        _tile_zero(0);
+        for (int64_t d = 0; d < D; d += PAIRS) {
+            _tile_loadd(1, keys + t * D + d, D * sizeof(bf16)); _tile_loadd(2, queries + d / 2, bytes);
+            _tile_dpbf16ps(0, 1, 2);
+        }
+        for (int64_t i = 0; i < TILE * D; i += PAIRS) __builtin_prefetch(keys + v_offset + t * D + i);
+        _tile_stored(0, sums, sizeof sums[0]);
+        for (int64_t h = first_head; h < last_head; h++) {
+            float* to = scores + h * room + t;
+            vec column = (vec)_mm512_i32gather_ps((__m512i)ROWS_OF_A_COLUMN, sums[0] + h, sizeof(float)) * scale;
+            if (keys != lent && t < shared) std::memcpy(&column, to, (shared - t) * sizeof(float));
+            store(to, column);
+        }
+    };
+    for (int64_t t = 0; t < shared; t += TILE) score(lent, t, 0, heads);
+    float totals[TILE];
+    for (int64_t r = 0; r < count; r++) {
+        const int64_t tokens = rows[r].position + 1, whole = round_up(tokens, PAIRS);
+        for (int64_t t = shared / TILE * TILE; t < tokens; t += TILE) score(own(r), t, r * group, (r + 1) * group);
+        for (int64_t h = r * group; h < (r + 1) * group; h++) {
+            float* from = scores + h * room;
+            std::fill(from + tokens, from + whole, -INFINITY);
+            vec most = load(from);
+            for (int64_t t = W; t < whole; t += W) most = load(from + t) > most ? load(from + t) : most;
+            totals[h] = exponentiate(from, whole, greatest(most));
+            for (int64_t t = 0; t < whole; t += W) store(weights[t / PAIRS * heads + h].of + t % PAIRS, load(from + t));
+        }
+    }
+
+    for (int64_t d = 0; d < D; d += PAIRS) {
+        auto add = [&](const bf16* keys, int64_t t, int64_t tokens, int64_t head) {  // PAIRS tokens; those behind weigh 0
+            TileRow even[TILE], odd[TILE];
+            auto value = [&](int64_t token) {
+                token = std::min(token, tokens - 1);
+                return (token < shared ? lent : keys) + v_offset + token * D + d;
+            };
+            if (t + PAIRS <= tokens && (keys == lent || t >= shared)) {
+                const bf16* v = keys + v_offset + t * D + d;
+                for (int i = 0; i < TILE; i++, v += 2 * D) pair_up(v, v + D, even[i], odd[i]);
+            } else {
+                for (int i = 0; i < TILE; i++) pair_up(value(t + 2 * i), value(t + 2 * i + 1), even[i], odd[i]);
+            }
+            asm volatile("" : : : "memory");
+            _tile_loadd(2, weights + t / PAIRS * heads + head, bytes);
+            _tile_loadd(3, even, bytes); _tile_loadd(4, odd, bytes);
+            _tile_dpbf16ps(0, 2, 3); _tile_dpbf16ps(1, 2, 4);
+        };
+        float sums[2][2 * TILE][TILE];  // of a row's heads, and behind them something for the rest of the tile
+        constexpr int sums_bytes = sizeof sums[0][0];
+        _tile_zero(0); _tile_zero(1);
+        for (int64_t t = 0; t < together; t += PAIRS) add(lent, t, shared, 0);
+        _tile_stored(0, sums[0][0], sums_bytes); _tile_stored(1, sums[1][0], sums_bytes);
+        for (int64_t r = 0; r < count; r++) {
+            const int64_t head = r * group, tokens = rows[r].position + 1;
+            if (r) { _tile_loadd(0, sums[0][head], sums_bytes); _tile_loadd(1, sums[1][head], sums_bytes); }
+            for (int64_t t = together; t < tokens; t += PAIRS) add(own(r), t, tokens, head);
+            float mixed[2][TILE][TILE];
+            _tile_stored(0, mixed[0][0], sums_bytes); _tile_stored(1, mixed[1][0], sums_bytes);
+            for (int64_t h = 0; h < group; h++)
+                store_pairs(out(r) + h * D + d, load(mixed[0][h]) / totals[head + h], load(mixed[1][h]) / totals[head + h]);
+        }
+    }
+}
+#endif
+
+// Rows that attend together.
+struct Run {
+    int64_t first, count;
+};
+
+// Rows one by one, or up to `most` of them that follow each other and share their beginning.
+static std::vector<Run> runs_of(const Row* rows, int64_t N, int64_t most) {
+    std::vector<Run> runs;
+    for (int64_t n = 0; n < N; n++) {
+        const Row& first = rows[runs.empty() ? 0 : runs.back().first];
+        const bool joins = n && runs.back().count < most && rows[n].shared && rows[n].shared == first.shared &&
+                           rows[n].lender == first.lender;
+        if (joins) runs.back().count++;
+        else runs.push_back({n, 1});
+    }
+    return runs;
+}
+
+// T: of the weights. X: of what they are multiplied by. C: of the cache.
+template <class T, class X, class C>
 static void decode_as(const Network& net, const Cache& cache, const Row* rows, int64_t N, float* logits, int64_t stride,
                       int threads) {
     const int64_t E = net.E, D = net.D, F = net.F, queries = net.H * D, group = net.H / net.G;
@@ -186,6 +328,8 @@ static void decode_as(const Network& net, const Cache& cache, const Row* rows, i
     sums.resize(N * (E + all_heads)), factors.resize(tiled * (E + queries + F));
     float *x = sums.data(), *qkv = x + N * E;
     X *normed = factors.data(), *mixed = normed + tiled * E, *gated = mixed + tiled * queries;
+    constexpr bool BY_TILES = std::is_same_v<C, bf16>;
+    const std::vector<Run> runs = runs_of(rows, N, BY_TILES ? std::clamp<int64_t>(net.G * N / threads, 1, TILE / group) : 1);
     std::vector<int64_t> heard;
     for (int64_t n = 0; n < N; n++)
         if (rows[n].heard) heard.push_back(n);
@@ -211,26 +355,42 @@ static void decode_as(const Network& net, const Cache& cache, const Row* rows, i
                 store(qkv + row * all_heads + column + W, right);
             });
             const int64_t v_offset = cache.slots * net.G * cache.length * D;
-            float* layer_k = cache.kv + 2 * l * v_offset;
+            C* layer_k = (C*)cache.kv + 2 * l * v_offset;
             auto keys = [&](int64_t slot, int64_t g) { return layer_k + (slot * net.G + g) * cache.length * D; };
 #pragma omp for
             for (int64_t n = 0; n < N; n++)
                 for (int64_t g = 0; g < net.G; g++) {
                     const float* k = qkv + n * all_heads + queries + g * D;
-                    float* own_k = keys(rows[n].slot, g) + rows[n].position * D;
-                    rotate(k, layer.k_norm, net, rows[n].position, 1, own_k);
-                    std::memcpy(own_k + v_offset, k + net.G * D, D * sizeof(float));
+                    float rotated[D];
+                    rotate(k, layer.k_norm, net, rows[n].position, 1, rotated);
+                    C* own_k = keys(rows[n].slot, g) + rows[n].position * D;
+                    write(rotated, D, 1, own_k);
+                    write(k + net.G * D, D, 1, own_k + v_offset);
                 }
-#pragma omp for
-            for (int64_t task = 0; task < net.G * N; task++) {  // head by head, so that lent keys stay in the core's cache
-                const int64_t g = task / N, n = task % N;
-                const Row& row = rows[n];
-                const float *heads = qkv + n * all_heads, *own_k = keys(row.slot, g), *lent_k = keys(row.lender, g);
-                for (int64_t h = g * group; h < (g + 1) * group; h++) {
-                    float q[D];
-                    rotate(heads + h * D, layer.q_norm, net, row.position, 1 / std::sqrt((float)D), q);
-                    attend(q, own_k, lent_k, v_offset, row, D, scores.data(), mixed + n * queries + h * D);
+            const int64_t parts = runs.size();
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < net.G * parts; task++) {  // head by head, so that lent keys stay in the core's cache
+                const int64_t g = task / parts, columns = g * group * D;
+                const Run run = runs[task % parts];
+                const Row* row = rows + run.first;
+                float q[run.count * group * D];
+                for (int64_t i = 0; i < run.count * group; i++) {
+                    const int64_t n = run.first + i / group, h = i % group;
+                    const float factor = BY_TILES ? 1 : 1 / std::sqrt((float)D);  // queries are rounded as the model's are
+                    rotate(qkv + n * all_heads + columns + h * D, layer.q_norm, net, rows[n].position, factor, q + i * D);
                 }
+                const C* lent_k = keys(row->lender, g);
+                auto own_k = [&](int64_t r) { return keys(row[r].slot, g); };
+                auto out = [&](int64_t r) { return mixed + (run.first + r) * queries + columns; };
+#if TILES
+                if constexpr (BY_TILES) {
+                    attend_by_tiles(q, row, run.count, group, own_k, lent_k, v_offset, D, out);
+                    continue;
+                }
+#endif
+                if constexpr (!BY_TILES)
+                    for (int64_t h = 0; h < group; h++)
+                        attend(q + h * D, own_k(0), lent_k, v_offset, *row, D, scores.data(), out(0) + h * D);
             }
             product<T>(mixed, N, queries, layer.out, E / COLUMNS, add_to_x);
             norm(x, nullptr, layer.mlp_norm, N, E, net.eps, normed);
@@ -252,7 +412,10 @@ static void decode_as(const Network& net, const Cache& cache, const Row* rows, i
 // logits: [slots, stride], a stride being V rounded up to whole panels; the slots of rows that are heard are written.
 extern "C" void decode(const Network* net, const Cache* cache, const Row* rows, int64_t N, float* logits, int64_t stride,
                        int threads) {
-    auto decode = !net->bf16_weights ? decode_as<float, float> : has_tiles() ? decode_as<bf16, bf16> : decode_as<bf16, float>;
+    auto decode = decode_as<float, float, float>;
+    if (net->bf16_weights && !has_tiles()) decode = decode_as<bf16, float, float>;
+    if (net->bf16_weights && has_tiles())
+        decode = attends_by_tiles(net->D, net->H / net->G) ? decode_as<bf16, bf16, bf16> : decode_as<bf16, bf16, float>;
     decode(*net, *cache, rows, N, logits, stride, threads);
 }
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minigpt.generation.decoder import Decoder, adapted_weight, norm_weight
+from minigpt.generation.decoder import Decoder, adapted_weight, norm_weight, prepares
 from minigpt.generation.sampling import SamplingParams, candidates_of
 from minigpt.model.native import load_native
 
 if TYPE_CHECKING:
     from minigpt.model.kv_cache import KVCache
-    from minigpt.model.model_minigpt import Attention, FeedForward
+    from minigpt.model.model_minigpt import Attention, DecoderModel, FeedForward
 
 SOURCE = Path(__file__).with_name("native.cpp")
 DRAW = np.dtype(
@@ -89,18 +89,27 @@ class NativeDecoder:
         self.refresh()
 
     @staticmethod
-    def covers(decoder: Decoder) -> bool:
+    def covers(model: DecoderModel) -> bool:
         """Whether this network can be computed here."""
-        config, head = decoder.model.config, getattr(decoder.model, "lm_head", None)
+        config, head, weight = model.config, getattr(model, "lm_head", None), model.model.embed_tokens.weight
         return (
-            decoder.device.type == "cpu"
-            and decoder.dtype in (torch.float32, torch.bfloat16)
+            weight.device.type == "cpu"
+            and weight.dtype in (torch.float32, torch.bfloat16)
             and head is not None
-            and decoder.prepares
+            and prepares(model)
             and (W := vector()) > 0
             and config.head_dim % W == config.num_attention_heads * config.head_dim % (2 * W) == 0
             and config.hidden_size % (2 * W) == config.intermediate_size % (2 * W) == 0
         )
+
+    @staticmethod
+    def cache_dtype(model: DecoderModel) -> torch.dtype:
+        """Of the keys and values of a network that is covered."""
+        config, compiled = model.config, library()
+        assert compiled is not None
+        group = config.num_attention_heads // config.num_key_value_heads
+        tiles = compiled.attends_by_tiles(c_int64(config.head_dim), c_int64(group))
+        return model.model.embed_tokens.weight.dtype if tiles else torch.float32
 
     def forget(self) -> None:
         """Free what `refresh` prepares."""
@@ -175,10 +184,10 @@ class NativeDecoder:
             rows: int64 [N, 6], `Row` there: token id, slot, position, the slot whose first so many positions hold the
                 same as its own (it is read there, where rows of the same prompt read as well) with their number, and 1
                 for the one token of a slot whose logits are wanted. Tokens of a slot follow each other in the cache.
-            cache: Of float32.
+            cache: Of dtype `cache_dtype`.
         """
         table, kv = np.ascontiguousarray(rows, dtype=np.int64), cache.kv
-        assert kv.dtype == torch.float32
+        assert kv.dtype == self.cache_dtype(self._decoder.model)
         assert kv.is_contiguous()
         cells = _Cache(kv.data_ptr(), cache.batch_size, cache.max_length)
         self._library.decode(

@@ -9,9 +9,9 @@ import torch
 
 from minigpt.generation import engine as engine_module
 from minigpt.generation import sampling
-from minigpt.generation.engine import Engine
+from minigpt.generation.engine import Engine, cache_bytes
 from minigpt.generation.generate import generate
-from minigpt.generation.native import NativeDecoder
+from minigpt.generation.native import NativeDecoder, library
 from minigpt.generation.request import Request
 from minigpt.generation.sampling import SamplingParams
 from minigpt.model.model_lora import apply_lora
@@ -247,11 +247,11 @@ def results(request: Request) -> list[tuple]:
     return [(c.ids, c.log_probs, c.behaviour_log_probs) for c in request.completions]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batch_invariant_results_are_equal_bit_for_bit_whatever_runs_beside(make_model, dtype, computed_by):
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.bfloat16, 32)])
+def test_batch_invariant_results_are_equal_bit_for_bit_whatever_runs_beside(make_model, dtype, head_dim, computed_by):
     """Alone; in a batch of 64 sequences; late, backwards and in another rhythm; in refilled slots; on retry after a
     cancel; with a prefix that is known."""
-    model = make_model().to(dtype)
+    model = make_model(head_dim=head_dim).to(dtype)
     lengths = [3, 40, 1, 17, 130, 300, 2, 64, *[9] * 24]
     prompts = prompts_of(lengths)
     kinds = [
@@ -572,6 +572,21 @@ def test_requests_that_mean_nothing_are_refused_and_leave_the_queue_as_it_was(mo
 def test_engines_that_cannot_work_are_refused_by_name(model, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Engine(model, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_the_cache_takes_the_memory_that_limits_are_computed_from(make_model, dtype, head_dim, computed_by):
+    """In bfloat16 half of it, where the compiled step reads keys and values by tiles."""
+    model = make_model(head_dim=head_dim).to(dtype)
+    engine = Engine(model, slots=3)
+    bytes_a_number = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 4}[dtype]
+    if dtype == torch.bfloat16 and head_dim == 32 and engine._native is not None and library().has_tiles():
+        bytes_a_number = 2
+    engine.submit([1] * 200, SamplingParams(max_new_tokens=1))
+    run(engine)
+    numbers = 2 * 2 * 3 * 2 * engine._cache.max_length * head_dim
+    assert engine._cache.bytes() == cache_bytes(model, 3, engine._cache.max_length) == bytes_a_number * numbers
 
 
 def test_a_shorter_max_length_ends_sequences_there(model):

@@ -31,6 +31,18 @@ from minigpt.model.kv_cache import KVCache
 from minigpt.model.model_minigpt import MiniGPT
 from minigpt.model.native import load_native
 
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.float32, 16), (torch.bfloat16, 16), (torch.bfloat16, 32), (torch.bfloat16, 64)],  # from 32 on by tiles
+    ids=["float32", "bfloat16", "bfloat16 in tiles", "bfloat16 in tiles of two pieces"],
+)
+
+
+def native_decoder(model: MiniGPT, slots: int) -> tuple[NativeDecoder, KVCache]:
+    """With a cache of 64 tokens a slot."""
+    cache = KVCache(model.config, slots, 64, NativeDecoder.cache_dtype(model))
+    return NativeDecoder(Decoder(model, 64, slots), slots), cache
+
 
 def decoded(model: MiniGPT, sequences: list[list[int]], native: bool, monkeypatch) -> torch.Tensor:
     """The logits that decode steps give behind each token of equally long texts, [sequences, tokens - 2, V]."""
@@ -63,6 +75,8 @@ def decoded(model: MiniGPT, sequences: list[list[int]], native: bool, monkeypatc
         {"num_key_value_heads": 1, "qk_norm": False},
         {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": False},
         {"hidden_size": 96, "head_dim": 48, "intermediate_size": 160, "vocab_size": 1000},
+        {"head_dim": 32},
+        {"head_dim": 64, "num_key_value_heads": 1},
     ],
     ids=str,
 )
@@ -119,10 +133,10 @@ def test_a_library_that_was_damaged_on_disk_is_built_once_more(tmp_path, monkeyp
     assert library.stat().st_size == good.stat().st_size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(make_model, dtype):
-    model = make_model().to(dtype)
-    native, cache = NativeDecoder(Decoder(model, 64, 17), 17), KVCache(model.config, 17, 64)
+@PRECISIONS
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(make_model, dtype, head_dim):
+    model = make_model(head_dim=head_dim).to(dtype)
+    native, cache = native_decoder(model, 17)
     torch.manual_seed(1)
     cache.kv.normal_()
     rows = [(i, i, 3 * i, i, 0, 1) for i in range(17)]
@@ -140,17 +154,18 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(mak
     assert torch.equal(logits[0], logits[2])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_texts_read_at_once_beside_others_have_the_bits_of_texts_read_token_by_token(make_model, dtype):
-    model = make_model().to(dtype)
-    native, generator = NativeDecoder(Decoder(model, 64, 4), 4), torch.Generator().manual_seed(1)
+@PRECISIONS
+def test_texts_read_at_once_beside_others_have_the_bits_of_texts_read_token_by_token(make_model, dtype, head_dim):
+    model = make_model(head_dim=head_dim).to(dtype)
+    generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(0, model.config.vocab_size, (n,), generator=generator).tolist() for n in (40, 1, 33, 7)]
     rows = [
         (token, slot, position, slot, 0, position == len(text) - 1)
         for slot, text in enumerate(texts)
         for position, token in enumerate(text)
     ]
-    caches = [KVCache(model.config, 4, 64) for _ in range(2)]
+    (native, cache), (_, other) = (native_decoder(model, 4) for _ in range(2))
+    caches = [cache, other]
     for row in rows:
         native.decode([row], caches[0])
     logits = native.logits_BV.clone()
@@ -180,17 +195,53 @@ def test_prompts_that_the_compiled_step_takes_along_are_continued_as_by_the_mode
             assert (logits.amax(-1) - chosen).max() <= 1e-5
 
 
-def test_lent_keys_and_values_give_the_same_bits_as_a_copy_of_them(make_model):
-    model = make_model()
-    native, cache = NativeDecoder(Decoder(model, 64, 3), 3), KVCache(model.config, 3, 64)
+@PRECISIONS
+@pytest.mark.parametrize("shared", [5, 21, 32, 45])
+def test_lent_keys_and_values_give_the_same_bits_as_a_copy_of_them(make_model, dtype, head_dim, shared):
+    """To rows that share them, which attend together where tiles do it, and beside rows that do not."""
+    model = make_model(head_dim=head_dim).to(dtype)
+    native, cache = native_decoder(model, 12)
     torch.manual_seed(1)
     cache.kv.normal_()
-    cache.copy_row(0, 2, 21)
-    native.decode([(5, 2, 30, 2, 0, 1)], cache)
-    own = native.logits_BV[2].clone()
-    cache.kv[:, :, 2, :, :21] = torch.nan  # must not be read
-    native.decode([(5, 2, 30, 0, 21, 1)], cache)
-    assert torch.equal(native.logits_BV[2], own)
+    samples = {slot: (5 + slot, slot, 45 + slot) for slot in range(2, 11)}  # id, slot, position
+    for slot in samples:
+        cache.copy_row(0, slot, shared)
+    for row in samples.values():
+        native.decode([(*row, row[1], 0, 1)], cache)
+    own = native.logits_BV.clone()
+    native.logits_BV.zero_()
+    cache.kv[:, :, 2:11, :, :shared] = torch.nan  # must not be read
+    alone = (7, 1, 20, 1, 0, 0), (8, 11, 60, 11, 0, 0)
+    native.decode([alone[0], *((*row, 0, shared, 1) for row in samples.values()), alone[1]], cache)
+    assert torch.equal(native.logits_BV, own)
+
+
+def test_in_bfloat16_samples_of_a_prompt_are_as_far_from_what_float32_says_as_in_torch(make_model, monkeypatch):
+    """By their log-probabilities, over some hundred cached tokens; by tiles also queries and weights are rounded."""
+    model = make_model(head_dim=32).bfloat16()
+    exact = make_model(head_dim=32)
+    exact.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, model.config.vocab_size, (n,), generator=generator).tolist() for n in (1, 37, 150, 200)]
+    errors = []
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(NativeDecoder, "covers", lambda model: False)
+        engine = Engine(model, slots=16)
+        assert (engine._native is not None) == native
+        requests = [engine.submit(ids, SamplingParams(max_new_tokens=60), n=5, log_probs=True) for ids in prompts]
+        while engine.has_work:
+            engine.step()
+        found = []
+        for request in requests:
+            for completion in request.completions:
+                with torch.no_grad():
+                    logits = exact(torch.tensor([request.prompt_ids + completion.ids])).logits[0]
+                log_probs = logits[len(request.prompt_ids) - 1 : -1].log_softmax(-1)
+                expected = log_probs.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+                found.append((torch.tensor(completion.log_probs) - expected).abs())
+        errors.append(torch.cat(found).mean())
+    assert errors[0] <= 1.2 * errors[1]
 
 
 FILTERS = {
