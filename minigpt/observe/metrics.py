@@ -7,15 +7,20 @@ that the file always reads as one uninterrupted run.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from minigpt.system import sync
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,12 +110,55 @@ def truncate_metrics(path: Path, last_step: int, judged: bool = True) -> None:
     if not path.exists():
         return
     kept = b"".join(line for line, record in _complete_lines(path) if stays(record))
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(kept)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file takes the place of `path` when all is written: `path` is whole or as it was.
+
+    Raises OSError that names `path`: Python's own names a file that cannot be opened, but not one that cannot grow.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")  # the suffix tells the format of a picture
+    try:
+        yield temporary
+        if temporary.exists():
+            sync(temporary)
+            temporary.replace(path)
+    except OSError as error:
+        raise _named(error, path) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "; free some space and run the same command again" if full else ""
+    return OSError(error.errno, f"{error.strerror or error}{remedy}", str(path))
+
+
+class _File:
+    """A file that grows by whole records, each written with one system call except on a disk that is filling up.
+
+    Raises OSError that names the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, data: bytes) -> None:
+        unwritten = memoryview(data)
+        try:
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
+        except OSError as error:
+            raise _named(error, self._path) from error
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def format_duration(seconds: float) -> str:
@@ -177,7 +225,7 @@ class RunLogger:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_FILE
         truncate_metrics(self._path, start_step)
-        self._file = self._path.open("ab", buffering=0)
+        self._file = _File(self._path)
         self._tensorboard = _TensorBoardWriter(run_dir / "tensorboard", start_step) if tensorboard else None
         self._display = _make_display(console, title, total_steps, start_step, clock)
         self._closed = False
@@ -188,7 +236,7 @@ class RunLogger:
             return
         numbers = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
         record = {"step": int(step), **{key: _plain_value(value) for key, value in numbers.items()}}
-        self._write_line(json.dumps(record, ensure_ascii=False, allow_nan=False))
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         if self._tensorboard is not None:
             self._tensorboard.write(int(step), numbers)
         self._display.show(int(step), numbers)
@@ -203,10 +251,10 @@ class RunLogger:
         if not self.enabled or self._closed:
             return
         self._closed = True
-        self._display.close()
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        self._display.close()
 
     def __enter__(self) -> RunLogger:
         return self
@@ -216,26 +264,23 @@ class RunLogger:
     ) -> None:
         self.close()
 
-    def _write_line(self, line: str) -> None:
-        unwritten = memoryview(line.encode() + b"\n")
-        try:
-            while unwritten:  # one call, except on a disk that is filling up
-                unwritten = unwritten[self._file.write(unwritten) :]
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; free some space and start again", str(self._path)) from error
-
 
 class _TensorBoardWriter:
-    """Scalars for TensorBoard by its own event writer: importing it does not import torch or TensorFlow."""
+    """Scalars for TensorBoard in its own records: importing them does not import torch or TensorFlow.
+
+    Its EventFileWriter writes in a thread, minutes later, and a disk that is full then is that thread's traceback.
+    """
 
     def __init__(self, folder: Path, start_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer = EventFileWriter(str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"  # read in this order
+        self._records = RecordWriter(_File(folder / name))
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # A session start tells TensorBoard to forget the points of an earlier, interrupted session beyond this step.
-        start = Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._writer.add_event(start)
+        self._add(Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -247,10 +292,13 @@ class _TensorBoardWriter:
             for key, value in metrics.items()
             if isinstance(value, int | float)
         ]
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
+
+    def _add(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
 
 
 class _Pace:

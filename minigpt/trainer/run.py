@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -220,9 +220,13 @@ class Run:
             self._logger.log(step, record)
 
     def pause(self) -> None:
-        """Close the progress display; what was logged is on disk already."""
+        """Close the progress display; what was logged is on disk already.
+
+        That what reads our output went away is not said here: it would take the place of what ended the run.
+        """
         if self._logger is not None:
-            self._logger.close()
+            with suppress(OSError, SystemExit):  # which rich makes of a broken pipe
+                self._logger.close()
 
     def finish(
         self,

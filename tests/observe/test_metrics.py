@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -132,6 +133,65 @@ except OSError as error:
     assert str(tmp_path / "metrics.jsonl") in refusal
     assert (tmp_path / "metrics.jsonl").stat().st_size == 110
     assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_tensorboard_on_a_full_disk_is_the_same_error_and_nothing_else(tmp_path):
+    """No traceback of a thread that writes behind our back, and closing does not say it once more."""
+    script = f"""
+import resource
+from pathlib import Path
+from minigpt.observe.metrics import RunLogger
+logger = RunLogger(Path({str(tmp_path)!r}), title="pretrain", total_steps=1000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+try:
+    for step in range(1000):
+        logger.log(step, {{"loss": 1.0}})
+except OSError as error:
+    print("refused", error)
+logger.close()
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    (refusal,) = (line for line in result.stdout.splitlines() if line.startswith("refused"))
+    assert "free some space" in refusal
+    assert str(tmp_path / "tensorboard" / "events.out.tfevents.") in refusal
+    points = tensorboard_points(tmp_path, "train/loss")
+    assert points == [(record["step"], 1.0) for record in read_metrics(tmp_path)][: len(points)] != []
+
+
+def test_tensorboard_has_every_logged_step_after_kill_9(tmp_path):
+    script = f"""
+import os, signal
+from pathlib import Path
+from minigpt.observe.metrics import RunLogger
+logger = RunLogger(Path({str(tmp_path)!r}), title="pretrain", total_steps=100)
+for step in range(1, 51):
+    logger.log(step, {{"loss": 1.0}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert [step for step, _ in tensorboard_points(tmp_path, "train/loss")] == list(range(1, 51))
+
+
+def test_cutting_off_records_on_a_full_disk_names_the_file_and_leaves_it_as_it_was(tmp_path):
+    with make_logger(tmp_path) as logger:
+        for step in range(1, 9):
+            logger.log(step, {"loss": 1.0})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    script = f"""
+import resource
+from pathlib import Path
+from minigpt.observe.metrics import truncate_metrics
+resource.setrlimit(resource.RLIMIT_FSIZE, (110, 110))
+try:
+    truncate_metrics(Path({str(tmp_path / "metrics.jsonl")!r}), 6)
+except OSError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert str(tmp_path / "metrics.jsonl") in result.stdout
+    assert "free some space" in result.stdout
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_rank_that_is_not_the_first_writes_and_shows_nothing(tmp_path, capsys):
@@ -312,3 +372,33 @@ heavy = {{"torch", "tensorboard", "matplotlib", "deepspeed", "transformers", "te
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
+def test_output_that_cannot_be_written_does_not_hide_what_ended_the_run(number, tmp_path, monkeypatch):
+    """The pipe that the log goes to is closed, or the disk is full that it lies on: the error is what is said."""
+    import torch
+
+    from minigpt.errors import UserError
+    from minigpt.trainer.engine import Processes
+    from minigpt.trainer.run import Run
+    from minigpt.trainer.train_pretrain import PretrainOptions
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+    def train() -> None:
+        try:
+            raise UserError("the data end here")
+        finally:
+            run.pause()
+
+    run = Run("pretrain", PretrainOptions(save_dir=tmp_path), Processes(0, 0, 1, torch.device("cpu")))
+    run._logger = make_logger(tmp_path, total_steps=1000, tensorboard=True)
+    for step in (1, 2):
+        run.log(step, {"loss": 1.0})
+    run._logger._display._console.file = Gone()  # step 2 was held back and is shown when the display closes
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # rich would give all later tests' output to /dev/null
+    with pytest.raises(UserError, match="the data end here"):
+        train()

@@ -242,7 +242,7 @@ def test_a_full_disk_ends_in_one_sentence_and_the_checkpoint_before_stays(interr
     """No file may grow beyond half a checkpoint's largest: step 4 cannot be saved, and step 3 is as it was."""
     checkpoint = interrupted / "checkpoints" / "step_00000003"
     limit = max(path.stat().st_size for path in files(checkpoint)) // 2
-    arguments = [*SMALL, "--data", packed, "--save_dir", interrupted, *INTERRUPTED]
+    arguments = [*SMALL, "--tensorboard=true", "--data", packed, "--save_dir", interrupted, *INTERRUPTED]
     command = [sys.executable, "-c", FULL_DISK, str(limit), "train", "pretrain", *map(str, arguments)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1, ended.stderr
@@ -255,6 +255,25 @@ def test_a_full_disk_ends_in_one_sentence_and_the_checkpoint_before_stays(interr
 
 
 @pytest.mark.slow
+def test_a_disk_without_space_for_tensorboard_is_named_once(packed, tmp_path):
+    disk = tmp_path / "run" / "tensorboard"
+    disk.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system here; tests/observe proves the same of the logger alone")
+    try:
+        arguments = [*SMALL, "--tensorboard=true", "--data", packed, "--save_dir", tmp_path / "run", "--max_steps", 100]
+        command = [sys.executable, "-m", "minigpt.cli", "train", "pretrain", *map(str, arguments)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 1, ended.stdout
+        (line,) = ended.stderr.strip().splitlines()
+        assert line.startswith(f"error: {disk}/events.out.tfevents.")
+        assert line.endswith("No space left on device; free some space and run the same command again")
+        assert not (tmp_path / "run" / "summary.json").exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_really_full_does_the_same(packed, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -263,7 +282,7 @@ def test_a_disk_that_is_really_full_does_the_same(packed, tmp_path):
         pytest.skip("no right to mount a small file system here; the file size limit above proves the same")
     try:
         run = disk / "run"
-        arguments = [*SMALL, "--data", packed, "--save_dir", run, *INTERRUPTED]
+        arguments = [*SMALL, "--tensorboard=true", "--data", packed, "--save_dir", run, *INTERRUPTED]
         command = [sys.executable, "-m", "minigpt.cli", "train", "pretrain", *map(str, arguments)]
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 1, ended.stdout
