@@ -29,7 +29,7 @@ HEADERS = sorted(Path(__file__).parent.glob("*.h"))  # what the sources include
 def load_native(source: Path) -> ctypes.CDLL | None:
     """The compiled file, compiled now if this machine has not done it yet; None where that is not possible."""
     library, problem = build(source)
-    if problem:
+    if problem and not nothing_to_build_with():  # of that there is nothing to say at every start
         _say(problem)
     return library
 
@@ -44,11 +44,20 @@ def _say(problem: str) -> None:
     )
 
 
+def nothing_to_build_with() -> str:
+    """Why nothing is compiled here at all, or nothing."""
+    if os.environ.get("MINIGPT_NATIVE") == "0":
+        return "MINIGPT_NATIVE=0 switches it off"
+    name = os.environ.get("CXX") or "g++"
+    return f"there is no {name}" if shutil.which(name) is None else ""
+
+
 def build(source: Path) -> tuple[ctypes.CDLL | None, str]:
-    """The compiled file, or None and why not; without a reason where there is no compiler or it is switched off."""
+    """The compiled file, or None and why not."""
+    if reason := nothing_to_build_with():
+        return None, reason
     compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None or os.environ.get("MINIGPT_NATIVE") == "0":
-        return None, ""
+    assert compiler is not None
     code = (path.read_text(encoding="utf-8") for path in (source, *HEADERS))
     key = "\0".join((*code, *FLAGS, compiler, _processor()))
     name = f"{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"

@@ -6,7 +6,9 @@ makes it slower or smaller is a warning.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,12 +27,12 @@ from minigpt.observe.hardware import (
 from minigpt.system import usable_cores
 
 OK, WARNING, ERROR = "ok", "warning", "error"
-MINIMUM_PYTHON = (3, 11)
-MINIMUM_TORCH = (2, 10)
-MINIMUM_DEEPSPEED = (0, 19, 8)
+PACKAGES = ("deepspeed", "transformers", "tokenizers", "pyarrow", "safetensors", "ray")
 GIB = 2**30
 INSTALL_AGAIN = "Run ./launch/test.sh or `pip install -c constraints.txt -e .` in the checkout."
-INSTALL_COMPILER = "Install one, for example `sudo apt-get install build-essential python3-dev`."
+INSTALL_COMPILER = (
+    "Install one, for example `sudo apt-get install build-essential python3-dev`, or name one that is here with CXX."
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ def doctor(folder: Path = Path("."), not_compiled: str = "") -> list[Check]:
         folder: Where runs would be written.
         not_compiled: Why our own code for CPUs could not be compiled, if it was tried.
     """
+    needed = minimum_versions()
     return [
-        check_python(),
-        check_torch(),
-        check_package("deepspeed", MINIMUM_DEEPSPEED),
-        *(check_package(name) for name in ("transformers", "tokenizers", "pyarrow", "safetensors", "ray")),
+        check_python(needed.get("python", ())),
+        check_torch(needed.get("torch", ())),
+        *(check_package(name, needed.get(name, ())) for name in PACKAGES),
         check_compiler(),
         check_kernels(not_compiled),
         check_ninja(),
@@ -96,11 +98,22 @@ def print_doctor(folder: Path = Path("."), not_compiled: str = "") -> int:
     return int(failed)
 
 
-def check_python() -> Check:
+def minimum_versions() -> dict[str, tuple[int, ...]]:
+    """Of Python and each package, the least version that our own metadata ask for; empty when there are none."""
+    try:
+        metadata = importlib.metadata.metadata("minigpt")
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    requirements = [f"python{metadata['Requires-Python']}", *(metadata.get_all("Requires-Dist") or [])]
+    found = (re.match(r"([\w-]+)(?:\[.*?\])?>=([\d.]+)", requirement) for requirement in requirements)
+    return {match[1]: parse_version(match[2]) for match in found if match}
+
+
+def check_python(minimum: tuple[int, ...]) -> Check:
     found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info >= MINIMUM_PYTHON:
+    if sys.version_info >= minimum:
         return Check("Python", OK, found)
-    needed = ".".join(map(str, MINIMUM_PYTHON))
+    needed = ".".join(map(str, minimum))
     return Check("Python", ERROR, found, f"Install Python {needed} or newer and run the launch script with it.")
 
 
@@ -125,9 +138,9 @@ def parse_version(text: str) -> tuple[int, ...]:
     return tuple(parts)
 
 
-def check_torch() -> Check:
+def check_torch(minimum: tuple[int, ...]) -> Check:
     """torch is installed, new enough, loads, and computes a gradient."""
-    installed = check_package("torch", MINIMUM_TORCH)
+    installed = check_package("torch", minimum)
     if installed.status != OK:
         return installed
     try:
@@ -143,7 +156,7 @@ def check_torch() -> Check:
 def check_compiler() -> Check:
     """A C++ compiler that finds its own headers and Python's; `torch.compile` and DeepSpeed's extensions need it."""
     name = os.environ.get("CXX") or "g++"
-    found = shutil.which(name) or shutil.which("clang++")
+    found = shutil.which(name)
     slower = "without it runs start with --compile false and are slower."
     if found is None:
         return Check("C++ compiler", WARNING, f"{name} not found", f"{INSTALL_COMPILER} It is optional: {slower}")
@@ -167,7 +180,10 @@ def check_kernels(not_compiled: str) -> Check:
     """Our own code for CPUs: attention, the loss, decoding."""
     if not not_compiled:
         return Check("CPU code", OK, "nothing stands in its way")
-    remedy = "Set XDG_CACHE_HOME to a folder where you may write and run files, or CXX to a C++17 compiler with OpenMP."
+    remedy = (
+        "Set XDG_CACHE_HOME to a folder where you may write and run files, CXX to a C++17 compiler with OpenMP, and "
+        "leave MINIGPT_NATIVE unset."
+    )
     return Check("CPU code", WARNING, f"could not be compiled: {not_compiled}", f"{remedy} Without it torch is slower.")
 
 

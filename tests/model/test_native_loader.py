@@ -106,6 +106,19 @@ def test_doctor_says_what_the_loader_says(tmp_path):
     assert "Set XDG_CACHE_HOME to a folder" in bad.stdout
 
 
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [({"CXX": "no-such-compiler"}, "there is no no-such-compiler"), ({"MINIGPT_NATIVE": "0"}, "MINIGPT_NATIVE=0")],
+)
+def test_doctor_says_why_nothing_is_compiled(variable, reason, tmp_path):
+    environment = {**os.environ, **variable, "XDG_CACHE_HOME": str(tmp_path), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "minigpt.cli", "doctor"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, "it is slower, but it works"
+    assert re.search(rf"warning +CPU code +could not be compiled: {re.escape(reason)}", found.stdout)
+    assert not list(tmp_path.rglob("*.so"))
+
+
 def test_the_dataset_opens_without_a_home(tmp_path):
     program = (
         PROGRAM.partition("from minigpt")[0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from minigpt.observe import doctor as doctor_module
@@ -47,8 +50,30 @@ def test_the_printed_table_names_every_check_and_gives_the_exit_status(tmp_path,
 
 
 def test_the_environment_at_hand_passes():
-    assert check_torch().status == OK
+    assert check_torch((2, 11)).status == OK
     assert check_package("deepspeed", (0, 19, 8)).status == OK
+
+
+def test_an_old_version_of_each_package_is_found_as_pyproject_says(monkeypatch):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    needed = {r.name: min(Version(s.version) for s in r.specifier) for r in map(Requirement, project["dependencies"])}
+    checked = {"torch", "deepspeed", "transformers", "ray", "tokenizers", "pyarrow", "safetensors"}
+    monkeypatch.setattr(doctor_module, "package_version", lambda name: "0.0.1")
+    found = {check.name: check for check in doctor() if check.name in checked}
+    assert found.keys() == checked
+    for name, check in found.items():
+        assert check.status == ERROR
+        assert f"Version {needed[name]} or newer is needed." in check.remedy
+    monkeypatch.setattr(sys, "version_info", (3, 0, 0))
+    assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in doctor()[0].remedy
+
+
+def test_where_no_metadata_say_what_is_needed_nothing_is_too_old(monkeypatch):
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "metadata", not_installed)
+    assert not [check for check in doctor() if check.status == ERROR]
 
 
 def test_a_missing_and_an_old_package_are_errors_that_say_what_to_install():
@@ -73,6 +98,16 @@ def test_a_compiler_that_is_absent_or_broken_is_a_warning_with_a_remedy(tmp_path
     absent = check_compiler()
     assert (absent.status, absent.detail) == (WARNING, "g++ not found")
     assert "build-essential" in absent.remedy
+    clang = tmp_path / "clang++"  # which nothing of ours takes unless CXX names it
+    clang.write_text("#!/bin/sh\n")
+    clang.chmod(0o755)
+    assert check_compiler() == absent
+    assert "CXX" in absent.remedy
+    monkeypatch.setenv("CXX", "clang++")
+    assert check_compiler().status == OK
+    monkeypatch.setenv("CXX", "g+++")
+    assert (check_compiler().status, check_compiler().detail) == (WARNING, "g+++ not found")
+    monkeypatch.delenv("CXX")
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'check.cpp:1:10: fatal error: Python.h: No such file' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
