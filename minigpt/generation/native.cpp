@@ -67,22 +67,8 @@ constexpr int TILED_ROWS = 2 * TILE;
 // The products of up to TILED_ROWS rows; there must be memory behind the last one of x for so many.
 template <class Use>
 static inline void multiply_tiles(const bf16* x, int64_t row, int64_t rows, int64_t width, const bf16* panel, Use use) {
-    const int64_t x_bytes = sizeof(bf16) * width, panel_bytes = sizeof(uint32_t) * COLUMNS;
-    const bool second = rows - row > TILE;
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);  // they are macros
-    for (int64_t k = 0; k < width; k += 2 * TILE) {
-        _tile_loadd(6, panel + k * COLUMNS, panel_bytes);
-        _tile_loadd(7, panel + k * COLUMNS + COLUMNS, panel_bytes);
-        _tile_loadd(4, x + row * width + k, x_bytes);
-        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
-        if (!second) continue;
-        _tile_loadd(5, x + (row + TILE) * width + k, x_bytes);
-        _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
-    }
     float sums[TILED_ROWS][2][TILE];
-    constexpr int sums_bytes = sizeof sums[0];
-    _tile_stored(0, sums[0][0], sums_bytes); _tile_stored(1, sums[0][1], sums_bytes);
-    if (second) { _tile_stored(2, sums[TILE][0], sums_bytes); _tile_stored(3, sums[TILE][1], sums_bytes); }
+    tile_product(x + row * width, width, width, panel, sums[0][0], COLUMNS, false, rows - row > TILE);
     for (int64_t r = 0; r < std::min<int64_t>(rows - row, TILED_ROWS); r++) use(row + r, load(sums[r][0]), load(sums[r][1]));
 }
 #else
@@ -143,8 +129,8 @@ static void rotate(const float* x, const float* weight, const Network& net, int6
     }
 }
 
-// softmax(q k^T) v of a head over positions 0 .. row.position. The first `shared` of them are read from `lent`, where others read
-// them too. Up to W - 1 keys behind the last are read as well, but not used.
+// softmax(q k^T) v of a head over positions 0 .. row.position. The first `shared` of them are read from `lent`, where others
+// read them too. Up to W - 1 keys behind the last are read as well, but not used.
 template <class X>
 static void attend(const float* q, const float* own, const float* lent, int64_t v_offset, const Row& row, int64_t D,
                    float* scores, X* out) {

@@ -32,10 +32,10 @@ struct Tiles {
     ~Tiles() { if (has_tiles()) _tile_release(); }
 };
 
-// c = a b, or c + a b, of 2 TILE rows and columns: a has `width` numbers a row, a multiple of 2 TILE, and b is a panel of
-// width / 2 rows of 2 TILE pairs. Strides are counted in numbers.
+// c = a b, or c + a b, of 2 TILE columns and as many rows, or TILE where the others are not `wanted`: a has `width` numbers a
+// row, a multiple of 2 TILE, and b is a panel of width / 2 rows of 2 TILE pairs. Strides are counted in numbers.
 static inline void tile_product(const bf16* a, int64_t a_stride, int64_t width, const bf16* b, float* c, int64_t c_stride,
-                                bool add = false) {
+                                bool add = false, bool wanted = true) {
     constexpr int PAIRS = 4 * TILE, b_bytes = PAIRS * sizeof(bf16);
     const int64_t a_bytes = a_stride * sizeof(bf16), c_bytes = c_stride * sizeof(float);
     float* below = c + TILE * c_stride;
@@ -47,12 +47,15 @@ static inline void tile_product(const bf16* a, int64_t a_stride, int64_t width, 
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);  // they are macros
     }
     for (int64_t k = 0; k < width; k += 2 * TILE) {
-        _tile_loadd(4, a + k, a_bytes); _tile_loadd(5, a + TILE * a_stride + k, a_bytes);
         _tile_loadd(6, b + k / 2 * PAIRS, b_bytes); _tile_loadd(7, b + k / 2 * PAIRS + 2 * TILE, b_bytes);
+        _tile_loadd(4, a + k, a_bytes);
         _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+        if (!wanted) continue;
+        _tile_loadd(5, a + TILE * a_stride + k, a_bytes);
         _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, c, c_bytes); _tile_stored(1, c + TILE, c_bytes);
+    if (!wanted) return;
     _tile_stored(2, below, c_bytes); _tile_stored(3, below + TILE, c_bytes);
 }
 #else

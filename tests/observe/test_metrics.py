@@ -99,17 +99,21 @@ def test_of_a_step_logged_twice_the_later_record_counts(tmp_path):
     assert [record.get("loss", record.get("valid_loss")) for record in read_metrics(tmp_path)] == [4.0, 6.0]
 
 
-def test_every_logged_step_is_in_the_file_after_kill_9(tmp_path):
+def log_fifty_steps_and_be_killed(folder: Path) -> subprocess.CompletedProcess[bytes]:
     script = f"""
 import os, signal
 from pathlib import Path
 from minigpt.observe.metrics import RunLogger
-logger = RunLogger(Path({str(tmp_path)!r}), title="pretrain", total_steps=100)
+logger = RunLogger(Path({str(folder)!r}), title="pretrain", total_steps=100)
 for step in range(1, 51):
     logger.log(step, {{"loss": 1.0}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+
+
+def test_every_logged_step_is_in_the_file_after_kill_9(tmp_path):
+    result = log_fifty_steps_and_be_killed(tmp_path)
     assert result.returncode == -signal.SIGKILL
     assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 51))
 
@@ -160,16 +164,7 @@ logger.close()
 
 
 def test_tensorboard_has_every_logged_step_after_kill_9(tmp_path):
-    script = f"""
-import os, signal
-from pathlib import Path
-from minigpt.observe.metrics import RunLogger
-logger = RunLogger(Path({str(tmp_path)!r}), title="pretrain", total_steps=100)
-for step in range(1, 51):
-    logger.log(step, {{"loss": 1.0}})
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    log_fifty_steps_and_be_killed(tmp_path)
     assert [step for step, _ in tensorboard_points(tmp_path, "train/loss")] == list(range(1, 51))
 
 
