@@ -175,11 +175,13 @@ def parse_options(
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(options, as_positional=positional, fail_untyped=False)
     fields = typing.get_type_hints(options)
+    expanded = _expand(arguments, fields)
     try:
-        parsed = parser.parse_args(_expand(arguments, fields))
+        parsed = parser.parse_args(expanded)
     except ArgumentError as error:
         raise UserError(_explain(str(error), fields, program)) from error
     values = {f.name: parsed[f.name] for f in dataclasses.fields(options) if f.name in parsed}
+    values |= {name: text for name, text in _texts(expanded, fields).items() if values.get(name, "") is None}
     return options(**{name: _plain(value, fields[name]) for name, value in values.items()})
 
 
@@ -205,8 +207,8 @@ def _expand(arguments: list[str], fields: dict[str, Any]) -> list[str]:
         name = name.replace("-", "_")
         if name == "batch_size" and "global_batch_size" in fields:
             name = "global_batch_size"
-        kind = fields.get(name)
-        if kind is None:  # the parser's own (--config, --help), or nobody's
+        kind = os.PathLike if name == "config" else fields.get(name)
+        if kind is None:  # the parser's own (--help), or nobody's
             expanded.append(argument)
             continue
         values = [value] if has_value else []
@@ -221,11 +223,36 @@ def _expand(arguments: list[str], fields: dict[str, Any]) -> list[str]:
             expanded.append(f"--{name}={json.dumps(values, ensure_ascii=False)}")
         elif _accepts(kind, bool) and not values:
             expanded.append(f"--{name}=true")
-        elif has_value:
-            expanded.append(f"--{name}={value}")
+        elif values:  # with the equals sign a value may begin with a dash; what follows it is given by position
+            expanded += [f"--{name}={values[0]}", *values[1:]]
         else:
-            expanded += [f"--{name}", *values]
+            expanded.append(f"--{name}")
     return expanded
+
+
+def _texts(expanded: list[str], fields: dict[str, Any]) -> dict[str, str]:
+    """The texts that were given for text options, by flags or in `--config` files, as they were written.
+
+    jsonargparse reads every text as YAML once more, where `null`, `~` and `# a heading` are nothing: what it takes for
+    None is put right by these.
+    """
+    texts: dict[str, str] = {}
+    for argument in expanded:
+        option, _, value = argument.removeprefix("--").partition("=")
+        given = _read_yaml(value) if option == "config" and os.path.isfile(value) else {option: value}
+        for name, text in given.items():
+            texts.pop(name, None)
+            if isinstance(text, str) and _accepts(fields.get(name), str):
+                texts[name] = text
+    return texts
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """A `--config` file that jsonargparse has read without complaint."""
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        return yaml.safe_load(file) or {}
 
 
 def _accepts(kind: Any, wanted: type) -> bool:

@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,7 @@ class Options:
         dtype: Precision.
         overwrite: Start over.
         global_batch_size: Rows.
+        prompt: Text.
     """
 
     run: Path
@@ -38,6 +40,7 @@ class Options:
     dtype: Literal["bf16", "fp32"] = "bf16"
     overwrite: bool = False
     global_batch_size: int = 16
+    prompt: str | None = None
 
 
 def parse(*arguments: str) -> Options:
@@ -79,6 +82,43 @@ def test_a_yaml_file_sets_the_same_fields_and_flags_win(tmp_path):
     file.write_text("max_steps: 5\nlearning_rate: 0.01\ndata: [a, b]\n")
     options = parse("r", "--config", str(file), "--max_steps", "9")
     assert (options.max_steps, options.learning_rate, options.data) == (9, 0.01, [Path("a"), Path("b")])
+
+
+# What YAML reads as nothing, a number, a truth value, a list or a mapping, and what command lines take for options
+TEXTS = ("null", "~", " Null ", "# Title", "&a", "5", "1e3", "true", "[a]", "a: b", "- a", "-", "-x", "'q'", "", "x y")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_option_is_the_text_as_it_was_written(text, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"prompt": text}))
+    assert parse("r", "--prompt", text).prompt == text
+    assert parse(f"--prompt={text}", "r").prompt == text
+    assert parse("r", "--config", str(file)).prompt == text
+    assert parse("r", f"--config={file}", "--prompt", "other").prompt == "other"
+
+
+def test_nothing_is_said_by_null_where_it_can_be_no_text(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("prompt: null\nmax_steps: 3")
+    options = parse("r", "--prompt", "x", "--config", str(file), "--max_steps", "null")
+    assert (options.prompt, options.max_steps) == (None, None)
+
+
+def test_no_command_reads_a_text_as_nothing():
+    for name, verb in VERBS.items():
+        module, _, attribute = verb.options.partition(":")
+        options = getattr(importlib.import_module(module), attribute)
+        fields = typing.get_type_hints(options)
+        needed = ["r" for f in dataclasses.fields(options) if f.default is f.default_factory and verb.positional]
+        for text in (field for field, kind in fields.items() if str in typing.get_args(kind)):
+            arguments = [*needed, f"--{text}", "null"]
+            if text == "stop_when":  # a text with a form
+                with pytest.raises(UserError, match="--stop_when is null, it must be"):
+                    parse_options(options, arguments, positional=verb.positional)
+                continue
+            parsed = parse_options(options, arguments, positional=verb.positional)
+            assert getattr(parsed, text) == "null", f"minigpt {name} --{text}"
 
 
 @pytest.mark.parametrize("arguments", [("--max_step", "3"), ("--max-step=3",), ("--maxsteps", "3")])
