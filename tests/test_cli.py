@@ -111,7 +111,7 @@ def test_no_command_reads_a_text_as_nothing():
         options = getattr(importlib.import_module(module), attribute)
         fields = typing.get_type_hints(options)
         needed = ["r" for f in dataclasses.fields(options) if f.default is f.default_factory and verb.positional]
-        for text in (field for field, kind in fields.items() if str in typing.get_args(kind)):
+        for text in (name for name, kind in fields.items() if kind == str | None):
             arguments = [*needed, f"--{text}", "null"]
             if text == "stop_when":  # a text with a form
                 with pytest.raises(UserError, match="--stop_when is null, it must be"):
