@@ -263,12 +263,21 @@ def _accepts(kind: Any, wanted: type) -> bool:
 def _explain(message: str, fields: dict[str, Any], program: str | None) -> str:
     """One sentence of jsonargparse's complaint, with the option that was probably meant."""
     text = " ".join(message.split())
+    program = program or sys.argv[0]
     unknown = re.search(
         r"[Uu]nrecognized arguments: (\S+)|(?:[Kk]ey|[Oo]ption) ['\"]?([\w.]+)['\"]? is not (?:exp|acc)", text
     )
     if unknown:
-        name = (unknown[1] or unknown[2]).removeprefix("--").split("=")[0]
-        return f"unknown option {name}{did_you_mean(name, fields)}; `{program or sys.argv[0]} --help` lists them"
+        word = unknown[1] or unknown[2]
+        name, hint = word.lstrip("-").split("=")[0], f"`{program} --help` lists them"
+        if unknown[2] or word.startswith("-"):
+            return f"unknown option {name}{did_you_mean(name, fields)}; {hint}"
+        remedy = f"did you mean --{name}?" if name in fields else "a text with spaces needs quotes"
+        return f"the word {word} belongs to no option, {remedy}; {hint}"
+    missing = re.search(r"arguments are required: ([\w, ]+)", text)
+    if missing:
+        names = missing[1].upper()
+        return f"{names} is missing: `{program} {names}`; `{program} --help` explains it"
     wrong = re.match(r'Parser key "(\w+)": .*(?:Given value|Got value): (.*)', text)
     if wrong and wrong[1] in fields:
         return f"--{wrong[1]} is {wrong[2]}, it must be {_in_words(fields[wrong[1]])}"

@@ -128,6 +128,23 @@ def test_an_unknown_option_names_the_one_that_was_meant(arguments):
     assert "did you mean max_steps?" in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word", "remedy"),
+    [
+        (("extra",), "extra", "a text with spaces needs quotes"),
+        (("--prompt", "two", "words", "more"), "words", "a text with spaces needs quotes"),
+        (("data", "packed"), "data", "did you mean --data?"),
+    ],
+)
+def test_a_word_too_many_is_told_from_an_unknown_option(arguments, word, remedy):
+    sentence = f"the word {word} belongs to no option, {remedy}; `minigpt try --help` lists them"
+    assert refusal("r", *arguments) == sentence
+
+
+def test_a_missing_word_is_named_with_where_it_goes():
+    assert refusal() == "RUN is missing: `minigpt try RUN`; `minigpt try --help` explains it"
+
+
 def test_an_unknown_key_of_a_yaml_file_names_the_one_that_was_meant(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("learning_rat: 5\n")
@@ -181,7 +198,7 @@ def test_help_lists_the_flags_with_their_defaults(name, capsys):
     [
         (("chta",), 2, ("no command `minigpt chta`", "did you mean chat?")),
         (("data", "pak"), 2, ("did you mean data pack?",)),
-        (("chat",), 1, ("run",)),
+        (("chat",), 1, ("RUN is missing",)),
         (("generate", "/nowhere/run", "--prompt", "x"), 1, ("/nowhere/run",)),
         (("chat", "/nowhere/run"), 1, ("/nowhere/run",)),
         (("data", "verify", "/nowhere/data"), 1, ("/nowhere/data",)),
