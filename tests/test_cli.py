@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import json
+import os
+import pty
 import subprocess
 import sys
 import typing
@@ -53,6 +55,18 @@ def refusal(*arguments: str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory, shipped_tokenizer) -> Path:
+    """A finished pretrain run with random weights."""
+    from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
+
+    folder = tmp_path_factory.mktemp("tiny")
+    model = MiniGPT(MiniGPTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1))
+    model.save_pretrained(folder / "hf", tokenizer_folder=shipped_tokenizer)
+    (folder / "summary.json").write_text(json.dumps({"stage": "pretrain"}))
+    return folder
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -275,6 +289,32 @@ def test_pack_verify_train_generate_and_export_by_the_names_that_scripts_rely_on
     assert (model / "config.json").exists()
     assert (tmp_path / "imported" / "hf" / "model.safetensors").exists()
     assert outputs[3] == outputs[6], "an exported and imported model writes the same"
+
+
+def generate_at_a_terminal(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`minigpt generate` whose standard input is a terminal at which somebody types "the cat" and Ctrl-D."""
+    terminal, keyboard = pty.openpty()
+    os.write(terminal, b"the cat\n\x04")
+    command = [*MINIGPT, "generate", run, "--max_new_tokens", "2", "--temperature", "0", *arguments]
+    try:
+        return subprocess.run(list(map(str, command)), stdin=keyboard, capture_output=True, text=True, timeout=60)
+    finally:
+        os.close(terminal)
+        os.close(keyboard)
+
+
+def test_a_prompt_that_is_waited_for_at_a_terminal_is_asked_for(tiny_run):
+    asked = "no --prompt: type it here, then Ctrl-D on a line of its own\n"
+    typed = generate_at_a_terminal(tiny_run)
+    assert (typed.returncode, typed.stderr) == (0, asked)
+    given = generate_at_a_terminal(tiny_run, "--prompt", "the cat\n")
+    assert (given.returncode, given.stdout, given.stderr) == (0, typed.stdout, "")
+    piped = subprocess.run(
+        [*MINIGPT, "generate", tiny_run, "--max_new_tokens", "2", "--temperature", "0"],
+        input="the cat\n", capture_output=True, text=True,
+    )  # fmt: skip
+    assert (piped.stdout, piped.stderr) == (typed.stdout, "")
+    assert asked not in generate_at_a_terminal(tiny_run / "nowhere").stderr, "a wrong run is told before"
 
 
 def test_the_help_of_the_command_imports_nothing_heavy():

@@ -84,12 +84,12 @@ def run_generate(options: GenerateOptions) -> str:
             long.
     """
     params = sampling_params(options, options.stop)  # wrong options are told before anything is loaded
-    prompt = options.prompt if options.prompt is not None else sys.stdin.read()
     from minigpt.generation.generate import stop_token_ids, stream
     from minigpt.generation.load import load_for_inference, stage_of
     from minigpt.generation.text import StopStrings, TextStream, printable
 
     model, encoder = load_for_inference(options.run, options.device, options.dtype, options.adapter)
+    prompt = options.prompt if options.prompt is not None else _read_prompt()
     params = replace(params, stop_token_ids=stop_token_ids(model))
     answers = stage_of(options.run) != "pretrain" and encoder.knows_chat
     if options.chat == "on" or (options.chat == "auto" and answers):
@@ -113,6 +113,13 @@ def run_generate(options: GenerateOptions) -> str:
     show(stop.push(decoder.flush()) + stop.flush())
     print(flush=True)
     return "".join(parts)
+
+
+def _read_prompt() -> str:
+    """Standard input; a person at a terminal is told that it is waited for."""
+    if sys.stdin.isatty():
+        print("no --prompt: type it here, then Ctrl-D on a line of its own", file=sys.stderr, flush=True)
+    return sys.stdin.read()
 
 
 def thinking_switch(think: str) -> bool | None:
