@@ -9,6 +9,9 @@ only the batches differ:
     padded      one conversation a row, every row padded to seq_len
     bucketed    one conversation a row, neighbours of like length in a micro-batch, padded to its longest
 
+A micro-batch has as many rows in all three, seq_len tokens long at most: what a batch size that fits the memory means.
+Buckets are short as a rule, and products of more rows fill a machine better: --bucket_rows gives them more.
+
 Useful tokens are those of conversations. All run interleaved (see `common.py`). Without --input: the micro-world.
 """
 
@@ -19,7 +22,7 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +44,6 @@ TITLES = {
     BUCKETED: "bucketed by length, padded to the longest of the micro-batch",
 }
 POSITIONS_PER_STEP = 4096  # of the packed rows
-BUCKET_ROWS = 16  # conversations of a bucketed micro-batch
 POOL_STEPS = 16  # bucketing sorts the conversations of this many steps
 
 Window = list[dict[str, np.ndarray]]
@@ -60,7 +62,9 @@ def main() -> None:
             data = packed_microworld(folder, "sft", arguments.seq_len, "tiny" if arguments.smoke else "small")
         contenders = [_contender(arguments, kind, data, folder) for kind in KINDS]
         rates = interleave(contenders, rounds=arguments.rounds, steps=arguments.steps, warmup_steps=arguments.warmup)
-        statistics = describe(PackedDataset(data, "train"))
+        rows = PackedDataset(data, "train")
+        pool = itertools.islice(windows(rows, BUCKETED, arguments.bucket_rows, arguments.bucket_multiple), POOL_STEPS)
+        statistics = {**describe(rows), "bucketed_fill": fill(pool)}
     result = {
         "rates": {name: [r._asdict() for r in values] for name, values in rates.items()},
         "packed_over": ratios_of(rates, TITLES[PACKED]),
@@ -76,13 +80,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", type=Path, default=[], help="files of conversations")
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each contender in a round")
+    parser.add_argument("--steps", type=int, default=POOL_STEPS, help="optimizer steps of each contender in a round")
     parser.add_argument("--warmup", type=int, default=3, help="optimizer steps before the first round")
     parser.add_argument(
         "--bucket_multiple",
         type=int,
         default=64,
         help="widths of bucketed micro-batches are rounded up to multiples of this; each is a graph to compile",
+    )
+    parser.add_argument(
+        "--bucket_rows", type=int, help="conversations of a bucketed micro-batch, if not as packed rows"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -91,6 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.bucket_rows = arguments.bucket_rows or _rows_per_step(arguments.seq_len)
     if arguments.smoke and not arguments.task:
         arguments.rounds, arguments.steps, arguments.warmup, arguments.compile = 1, 1, 1, False
     return arguments
@@ -101,7 +109,7 @@ def _contender(arguments: argparse.Namespace, kind: str, data: Path, folder: Pat
     command = [
         *(sys.executable, str(Path(__file__).resolve()), "--task", kind, "--data", str(data)),
         *("--progress", str(progress), "--threads", str(arguments.threads)),
-        *("--bucket_multiple", str(arguments.bucket_multiple)),
+        *("--bucket_multiple", str(arguments.bucket_multiple), "--bucket_rows", str(arguments.bucket_rows)),
         "--compile" if arguments.compile else "--no-compile",
         *(["--smoke"] if arguments.smoke else []),
     ]
@@ -121,10 +129,17 @@ def describe(data: PackedDataset) -> dict[str, float]:
     }
 
 
+def fill(steps: Iterable[Window]) -> float:
+    """Share of the positions that hold tokens."""
+    useful = np.concatenate([(batch["document_ids"] >= 0).reshape(-1) for window in steps for batch in window])
+    return float(useful.mean())
+
+
 def _data_line(s: dict[str, float]) -> str:
     return (
         f"{s['conversations']:,.0f} conversations, {s['mean_length']:.0f} tokens on average (median "
-        f"{s['median_length']:.0f}), maximum {s['seq_len']:.0f}; packed rows are {s['fill']:.1%} full"
+        f"{s['median_length']:.0f}), maximum {s['seq_len']:.0f}; packed rows are {s['fill']:.1%} full, "
+        f"bucketed ones {s['bucketed_fill']:.1%}"
     )
 
 
@@ -148,10 +163,14 @@ def run(arguments: argparse.Namespace) -> None:
     module = StageModule(model, language_model_loss)
     engine = Engine(module, processes, dtype=torch.bfloat16, learning_rate=1e-3, compile=arguments.compile)
     if arguments.compile:
-        compile_widths(engine, data.seq_len, arguments.task, arguments.bucket_multiple, model.attention_backend)
+        widths, rows = [data.seq_len], _rows_per_step(data.seq_len)
+        if arguments.task == BUCKETED:
+            widths, rows = list(bucket_widths(data.seq_len, arguments.bucket_multiple)), arguments.bucket_rows
+        compile_widths(engine, widths, rows, model.attention_backend)
+    batches = windows(data, arguments.task, arguments.bucket_rows, arguments.bucket_multiple)
     useful = 0
     with open(arguments.progress, "a", encoding="utf-8") as progress:
-        for number, window in enumerate(windows(data, arguments.task, arguments.bucket_multiple), start=1):
+        for number, window in enumerate(batches, start=1):
             weight = sum(float(batch["weights"].sum()) for batch in window)
             for batch in window:
                 engine.forward_backward(to_tensors(batch, processes.device, model.attention_backend), 1.0 / weight)
@@ -161,7 +180,7 @@ def run(arguments: argparse.Namespace) -> None:
             progress.flush()
 
 
-def compile_widths(engine: Engine, seq_len: int, kind: str, multiple: int, backend: str) -> None:
+def compile_widths(engine: Engine, widths: Sequence[int], rows: int, backend: str) -> None:
     """Compile a graph of fixed shape for every width there will be, by a step on nothing but padding each.
 
     One graph for all widths would be slower, and takes minutes to compile.
@@ -169,10 +188,9 @@ def compile_widths(engine: Engine, seq_len: int, kind: str, multiple: int, backe
     from minigpt.trainer.loop import to_tensors
 
     torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = 1 + seq_len // multiple
-    widths = range(multiple, _round_up(seq_len, multiple) + 1, multiple) if kind == BUCKETED else [seq_len]
+    torch._dynamo.config.recompile_limit = 1 + len(widths)
     for width in widths:
-        padding = collate([], pad_to=width, n_rows=BUCKET_ROWS if kind == BUCKETED else _rows_per_step(seq_len))
+        padding = collate([], pad_to=width, n_rows=rows)
         engine.forward_backward(to_tensors(padding, engine.device, backend), 1.0)
         engine.step(0.0)
 
@@ -181,7 +199,12 @@ def _rows_per_step(seq_len: int) -> int:
     return max(1, POSITIONS_PER_STEP // seq_len)
 
 
-def windows(data: PackedDataset, kind: str, bucket_multiple: int = 64) -> Iterator[Window]:
+def bucket_widths(seq_len: int, multiple: int) -> range:
+    """Of bucketed micro-batches."""
+    return range(multiple, _round_up(seq_len, multiple) + 1, multiple)
+
+
+def windows(data: PackedDataset, kind: str, bucket_rows: int, bucket_multiple: int = 64) -> Iterator[Window]:
     """The micro-batches of one optimizer step after the other, without end, for one kind of batches."""
     rows_per_step = _rows_per_step(data.seq_len)
     if kind == PACKED:
@@ -189,7 +212,7 @@ def windows(data: PackedDataset, kind: str, bucket_multiple: int = 64) -> Iterat
         for start in itertools.count(0, rows_per_step):
             yield [collate([data.row(order.index(start + i)) for i in range(rows_per_step)], pad_to=data.seq_len)]
     single = conversations(data)
-    per_step = max(rows_per_step, round(len(single) / len(data) * rows_per_step / BUCKET_ROWS) * BUCKET_ROWS)
+    per_step = max(rows_per_step, round(len(single) / len(data) * rows_per_step / bucket_rows) * bucket_rows)
     order = GlobalOrder(len(single))
     if kind == PADDED:
         for start in itertools.count(0, per_step):
@@ -199,20 +222,20 @@ def windows(data: PackedDataset, kind: str, bucket_multiple: int = 64) -> Iterat
     rng = np.random.default_rng(0)
     for start in itertools.count(0, POOL_STEPS * per_step):
         pool = [single[order.index(start + i)] for i in range(POOL_STEPS * per_step)]
-        yield from bucketed_windows(pool, per_step, rng, bucket_multiple)
+        yield from bucketed_windows(pool, per_step, bucket_rows, rng, bucket_multiple)
 
 
 def bucketed_windows(
-    pool: Sequence[Row], per_step: int, rng: np.random.Generator, multiple: int = 64
+    pool: Sequence[Row], per_step: int, rows: int, rng: np.random.Generator, multiple: int = 64
 ) -> Iterator[Window]:
     """Sort a pool by length, cut it into micro-batches, shuffle those, and deal them out to steps."""
     ordered = sorted(pool, key=lambda row: len(row.input_ids))
-    batches = [ordered[i : i + BUCKET_ROWS] for i in range(0, len(ordered), BUCKET_ROWS)]
+    batches = [ordered[i : i + rows] for i in range(0, len(ordered), rows)]
     shuffled = [batches[i] for i in rng.permutation(len(batches))]
-    batches_per_step = max(1, per_step // BUCKET_ROWS)
+    batches_per_step = max(1, per_step // rows)
     for i in range(0, len(shuffled), batches_per_step):
         yield [
-            collate(batch, pad_to=_round_up(max(len(row.input_ids) for row in batch), multiple), n_rows=BUCKET_ROWS)
+            collate(batch, pad_to=_round_up(max(len(row.input_ids) for row in batch), multiple), n_rows=rows)
             for batch in shuffled[i : i + batches_per_step]
         ]
 

@@ -96,7 +96,7 @@ def conversations_of(window: list[dict[str, np.ndarray]]) -> Counter[bytes]:
 def test_each_kind_of_batches_trains_on_whole_conversations_of_the_same_data(sft_rows):
     known = {row.input_ids.astype(np.int64).tobytes() for row in sft.conversations(sft_rows)}
     for kind in sft.KINDS:
-        windows = sft.windows(sft_rows, kind)
+        windows = sft.windows(sft_rows, kind, 16)
         seen = conversations_of([batch for _ in range(4) for batch in next(windows)])
         assert seen, kind
         assert set(seen) <= known, kind
@@ -106,14 +106,14 @@ def test_padded_and_bucketed_steps_hold_as_many_conversations_as_packed_steps(sf
     rows_per_step = sft.POSITIONS_PER_STEP // sft_rows.seq_len
     expected = len(sft.conversations(sft_rows)) / len(sft_rows) * rows_per_step
     for kind in (sft.PADDED, sft.BUCKETED):
-        windows = itertools.islice(sft.windows(sft_rows, kind), 4)
+        windows = itertools.islice(sft.windows(sft_rows, kind, 16), 4)
         counts = [sum(conversations_of(window).values()) for window in windows]
-        assert abs(np.mean(counts) - expected) <= sft.BUCKET_ROWS / 2, kind
+        assert abs(np.mean(counts) - expected) <= 16 / 2, kind
 
 
 def test_bucketing_deals_out_every_conversation_of_its_pool_once(sft_rows):
     pool = sft.conversations(sft_rows)[:96]
-    windows = list(sft.bucketed_windows(pool, 32, np.random.default_rng(0)))
+    windows = list(sft.bucketed_windows(pool, 32, 16, np.random.default_rng(0)))
     dealt = sum((conversations_of(window) for window in windows), Counter())
     assert dealt == Counter(row.input_ids.astype(np.int64).tobytes() for row in pool)
     widths = [batch["input_ids"].shape[1] for window in windows for batch in window]
