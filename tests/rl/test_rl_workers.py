@@ -50,6 +50,7 @@ from minigpt.rl.publish import (
 )
 from minigpt.rl.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Worker
 from minigpt.trainer.checkpoint import checkpoint_folder
+from minigpt.trainer.options import PRESETS
 from minigpt.trainer.setup import load_masters
 from minigpt.trainer.sleep import Sleeper
 
@@ -143,25 +144,58 @@ def test_old_log_probs_are_those_of_the_first_update_exactly_and_differ_from_the
     assert not np.array_equal(policy.log_probs(batch).value, old)
 
 
-def test_compiled_in_bf16_the_old_log_probs_come_from_the_graph_that_is_trained(run):
-    """So the ratio of every update is exactly 1 until something moves; another graph rounds otherwise."""
-    job = make_job(run, dtype="bf16", compile=True, minibatches=2, update_epochs=2, kl_coefficient=0.1)
+@pytest.fixture(scope="module")
+def run_s(tmp_path_factory):
+    """Config S: 256 wide, 4 layers."""
+    return write_run(tmp_path_factory.mktemp("rl") / "sft", sharpness=3.0, shape=PRESETS["s"])
+
+
+def test_compiled_in_bf16_the_old_log_probs_come_from_the_graph_that_is_trained(run_s, monkeypatch):
+    """Config S, four optimizer steps on the answers of a step. Before the first of them moves anything every token's
+    ratio is exactly 1 and none is clipped, however tight the clip; another graph of the same weights rounds otherwise.
+    """
+    tight = {"clip_low": 1e-9, "clip_high": 1e-9}
+    job = make_job(run_s, dtype="bf16", compile=True, minibatches=2, update_epochs=2, kl_coefficient=0.1, **tight)
     policy = make_policy(job)
     batch = sample(policy)
     columns = {"advantages": advantages_of(batch), "ref_log_probs": batch.behaviour_log_probs}
     torch._dynamo.utils.counters.clear()
     columns["old_log_probs"] = policy.log_probs(with_columns(batch, **columns)).value
+    given = with_columns(batch, **columns)
+    ratios = watched_ratios(policy, monkeypatch)
     for _ in range(2):
-        seen = policy.update(with_columns(batch, **columns), 0.0, 0.1).value
+        seen = policy.update(given, 0.0, 0.1).value
         assert seen["ratio"] == 1.0
         assert seen["clip_fraction"] == 0.0
         assert seen["grad_norm"] > 0
+    assert torch.cat(ratios).numel() == 2 * 2 * len(batch.behaviour_log_probs)
+    assert (torch.cat(ratios) == 1.0).all()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    other = policy._by_forward_pass(with_columns(batch, **columns), policy.engine.evaluate).value
+    other = policy._by_forward_pass(given, policy.engine.evaluate).value
     assert not np.array_equal(other, columns["old_log_probs"])
-    assert np.array_equal(policy.log_probs(with_columns(batch, **columns)).value, columns["old_log_probs"])
-    policy.update(with_columns(batch, **columns), 1e-2, 0.1)
-    assert abs(policy.update(with_columns(batch, **columns), 0.0, 0.1).value["ratio"] - 1) > 1e-3
+    assert np.array_equal(policy.log_probs(given).value, columns["old_log_probs"])
+    ratios.clear()
+    seen = policy.update(given, 1e-3, 0.1).value
+    (first, *later) = np.split(np.arange(len(ratios)), 4)
+    assert all((ratios[i] == 1.0).all() for i in first), "nothing has moved before the first update"
+    assert all((ratios[i] != 1.0).any() for i in np.concatenate(later))
+    assert seen["clip_fraction"] > 0
+
+
+def watched_ratios(policy: PolicyWorker, monkeypatch) -> list[torch.Tensor]:
+    """π/π_old of the answer tokens of every forward pass that is trained on, as it comes."""
+    found: list[torch.Tensor] = []
+    forward_backward = policy.engine.forward_backward
+
+    def watched(tensors: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+        output = forward_backward(tensors, scale)
+        answer = tensors["labels"].flatten() >= 0
+        log_probs = output[1 + len(policy.terms.metrics) :].float()
+        found.append((log_probs - tensors["old_log_probs"].flatten())[answer].exp())
+        return output
+
+    monkeypatch.setattr(policy.engine, "forward_backward", watched)
+    return found
 
 
 # ------------------------------------------------------------------------------------------- the sampler's and ours

@@ -34,20 +34,20 @@ BETA1 = 0.9
 PLAIN: dict[str, Any] = {"dtype": "fp32", "compile": False, "threads": 1, "tensorboard": False, "beta1": BETA1}
 
 
-def write_run(folder: Path, sharpness: float = 1.0, tied: bool = True) -> Path:
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def write_run(folder: Path, sharpness: float = 1.0, tied: bool = True, shape: dict[str, int] | None = None) -> Path:
     """The folder of a fine-tuned run with random weights; `sharpness` scales the logits, so that some tokens are
     likelier than others."""
     torch.manual_seed(0)
-    config = MiniGPTConfig(
-        vocab_size=6400,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-    )
+    config = MiniGPTConfig(vocab_size=6400, max_position_embeddings=512, tie_word_embeddings=tied, **(shape or TINY))
     model = MiniGPT(config)
     with torch.no_grad():
         for parameter in model.parameters():
