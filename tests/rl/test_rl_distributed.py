@@ -42,6 +42,7 @@ class Result:
     weights: dict[str, torch.Tensor]
     published: dict[str, torch.Tensor]
     received: dict[str, torch.Tensor]
+    published_at_first: dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,13 @@ def weights_of(samplers: WorkerGroup, rank: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array.copy()) for name, array in found.items()}
 
 
+def published_by(policy: WorkerGroup, version: int, shares: int) -> dict[str, torch.Tensor]:
+    """What the object store holds of a version that a policy publishes in so many shares."""
+    whole = Published.by_all([one.value for one in policy.wait(policy.all("publish", version), "publish")])
+    assert all(len(bucket.data) == shares for bucket in whole.buckets), "nothing is gathered that has shares"
+    return {name: tensor.clone() for name, tensor in unpack(whole, ray.get)}
+
+
 def learn(run: Path, folder: Path, batches: list[RolloutBatch], ranks: int, stage: int, **options: Any) -> Result:
     layout_file = folder / "layout.yaml"
     layout_file.write_text(f"policy: {{workers: {ranks}, threads: 1}}\nrollout: {{threads: 1}}\n")
@@ -120,17 +128,16 @@ def learn(run: Path, folder: Path, batches: list[RolloutBatch], ranks: int, stag
         facts = group.wait(group.all("setup", address), "load")[0]
         assert facts["parameters"] >= load_masters(run).num_parameters(), "also where they are spread over the ranks"
         log_probs = group.wait(group.all("log_probs", batches[0]), "judge")[0].value
+        first = published_by(group, 0, ranks if stage == 3 else 1)
         metrics = [group.wait(group.all("update", batch, 1e-3, 0.1), "learn")[0].value for batch in batches]
-        published = Published.by_all([one.value for one in group.wait(group.all("publish", 1), "publish")])
-        assert all(len(bucket.data) == (ranks if stage == 3 else 1) for bucket in published.buckets), "nothing gathered"
-        found = {name: tensor.clone() for name, tensor in unpack(published, ray.get)}
+        found = published_by(group, 1, ranks if stage == 3 else 1)
         samplers.wait(loading, "load")
         delivery = Delivery(group, samplers, pytest.fail)
         delivery.setup("broadcast")
         delivery.publish(2)
         written = group.wait(group.all("export", folder), "export")[0]
         path = next(path for path in written if path.endswith(".pth"))
-        return Result(log_probs, metrics, torch.load(path, weights_only=True), found, weights_of(samplers))
+        return Result(log_probs, metrics, torch.load(path, weights_only=True), found, weights_of(samplers), first)
     finally:
         group.kill()
         samplers.kill()
@@ -203,6 +210,50 @@ def test_what_is_published_are_the_weights_bit_for_bit_at_every_zero_stage(resul
     found = results[world]
     assert found.published.keys() == {name for name in found.weights if name != "lm_head.weight"}
     assert all(torch.equal(tensor, found.weights[name]) for name, tensor in found.published.items())
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: f"{world[0]} ranks, ZeRO {world[1]}")
+def test_equal_weights_are_published_as_equal_bits_at_every_zero_stage(results, run, world):
+    """Before the first update, which rounds otherwise at each stage."""
+    found, expected = results[world].published_at_first, load_masters(run).state_dict()
+    assert found.keys() == results[WORLDS[0]].published.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def publish_in_bf16(run: Path, batch: RolloutBatch, stage: int) -> list[dict[str, torch.Tensor]]:
+    """What two ranks publish at the start and behind an update."""
+    layout = {**laptop(), "policy": Role(workers=2, threads=1)}
+    needed = bundles(layout, ["policy"])
+    placement = place(needed, 60)
+    job = make_job(run, deepspeed=CONFIGS / f"zero{stage}.json", dtype="bf16", kl_coefficient=0.1)
+    group = WorkerGroup(PolicyWorker, "policy", layout, needed, placement, (job,), 120.0)
+    try:
+        (address,) = group.wait([group.one(0, "address")], "find a port")
+        facts = group.wait(group.all("setup", address), "load")[0]
+        assert (facts["zero_stage"], facts["precision"]) == (stage, "bfloat16")
+        shares = 2 if stage == 3 else 1
+        first = published_by(group, 0, shares)
+        group.wait(group.all("update", batch, 1e-2, 0.1), "learn")
+        return [first, published_by(group, 1, shares)]
+    finally:
+        group.kill()
+        remove_placement_group(placement)
+
+
+def test_what_is_published_in_bf16_is_the_same_at_every_zero_stage_bit_for_bit(run, batches):
+    """At the start, where it is what torch rounds the float32 weights to, and behind an update. Stage 0 has no float32
+    masters, so it does not train in bf16."""
+    with pytest.raises(UserError, match="ZeRO stage 0 keeps no float32 masters and trains bf16 badly"):
+        publish_in_bf16(run, batches[0], 0)
+    (start, learned), *others = (publish_in_bf16(run, batches[0], stage) for stage in (1, 2, 3))
+    before = load_masters(run).state_dict()
+    for name, tensor in start.items():
+        assert torch.equal(tensor, before[name].bfloat16()), name
+        assert not torch.equal(tensor, learned[name]), "it learned"
+    for versions in others:
+        for found, expected in zip(versions, (start, learned), strict=True):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_weights_that_come_while_answers_are_drawn_wait_for_their_end(run, batches):
