@@ -4,6 +4,7 @@ nothing left behind by either.
 Every process of a cluster inherits a mark in its environment; what carries it has to be gone at the end.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -20,8 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import ray
+import tiny_rewards
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from tiny_rl import MARK, marked, wait_until, write_world
@@ -506,40 +509,64 @@ rollout: {workers: 1, cpus: 1, threads: 1}
 """  # the head has two CPUs, the other node one
 
 
+def kill_sampler(mark: str, run: subprocess.Popen[str], checkpoint: Path) -> None:
+    """Kill -9 the sampler of a cluster in the middle of an answer, once there is a checkpoint."""
+    assert wait_until(lambda: checkpoint.exists() or run.poll() is not None, 120), "no checkpoint"
+    while run.poll() is None:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # it ended while we looked, or is not ours to look at
+                answering = process.cmdline()[:1] == ["ray::RolloutWorker.generate"]
+                if answering and process.environ().get(MARK) == mark:
+                    process.kill()
+                    return
+
+
 def test_a_run_whose_roles_are_on_two_nodes_ends_with_the_bits_of_one_on_one(cluster, tmp_path):
-    """Started in a folder of its own, with relative paths: the nodes' workers are in others."""
+    """Started in a folder of its own, with relative paths: the nodes' workers are in others. And disturbed: the sampler
+    is killed in the middle of its answers."""
     write_world(tmp_path)
     (tmp_path / "apart.yaml").write_text(ROLES_APART)
     (tmp_path / "together.yaml").write_text("policy: {threads: 1}\nrollout: {threads: 1}\n")
     shutil.copy(REPOSITORY / "ds_configs" / "zero1.json", tmp_path)
-    common = [
-        *(sys.executable, "-m", "minigpt", "train", "grpo", "--data=prompts", "--init=sft", "--reward=format"),
-        *("--layout=apart.yaml", "--deepspeed=zero1.json", "--max_steps=2", "--prompts_per_step=2"),
-        *("--samples_per_prompt=2", "--max_new_tokens=8", "--eval_prompts=2", "--save_interval=1", "--dtype=fp32"),
-        *("--compile=false", "--tensorboard=false", "--kl_coefficient=0", "--learning_rate=1e-3"),
-    ]
-    for folder, options in (("spread", [f"--ray_address={cluster.address}"]), ("alone", ["--layout=together.yaml"])):
-        done = subprocess.run(
-            [*common, f"--save_dir={folder}", *options],
-            cwd=tmp_path,
-            env=cluster.environment,
-            text=True,
-            capture_output=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    spread, alone = (torch.load(next((tmp_path / n).glob("*.pth")), weights_only=True) for n in ("spread", "alone"))
-    assert all(torch.equal(spread[name], weight) for name, weight in alone.items())
-    assert [p.name for p in (tmp_path / "spread" / "checkpoints").iterdir()] == ["step_00000001", "step_00000002"]
-    (tmp_path / "spread" / "summary.json").unlink()
-    longer = [option.replace("--max_steps=2", "--max_steps=3") for option in common]
-    done = subprocess.run(
-        [*longer, "--save_dir=spread", f"--ray_address={cluster.address}"],
-        cwd=tmp_path,
-        env=cluster.environment,
-        text=True,
-        capture_output=True,
+    shutil.copy(tiny_rewards.__file__, tmp_path)
+
+    def start(folder: str, steps: int, *options: str) -> subprocess.Popen[str]:
+        command = [
+            *(sys.executable, "-m", "minigpt", "train", "grpo", "--data=prompts", "--init=sft"),
+            *(
+                "--reward=tiny_rewards.py:letters",
+                "--deepspeed=zero1.json",
+                f"--max_steps={steps}",
+                "--prompts_per_step=4",
+                "--samples_per_prompt=4",
+            ),
+            *("--max_new_tokens=64", "--rollout_slots=4", "--batch_invariant=true", "--eval_prompts=2", "--dtype=fp32"),
+            *("--save_interval=1", "--compile=false", "--tensorboard=false", "--kl_coefficient=0"),
+            *("--learning_rate=1e-3", f"--save_dir={folder}", *options),
+        ]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=tmp_path, env=cluster.environment, text=True, **output)
+
+    apart = ["--layout=apart.yaml", f"--ray_address={cluster.address}"]
+    spread = start("spread", 3, *apart)
+    kill_sampler(cluster.mark, spread, tmp_path / "spread" / "checkpoints" / "step_00000001" / "manifest.json")
+    said, _ = spread.communicate(timeout=120)
+    assert spread.returncode == 0, said
+    assert "rollout worker 0 died" in said
+    assert "a new one answers the same prompts" in said
+    alone = start("alone", 3, "--layout=together.yaml")
+    said, _ = alone.communicate(timeout=120)
+    assert alone.returncode == 0, said
+    ours, theirs, before = (
+        torch.load(next((tmp_path / name).glob("*.pth")), weights_only=True) for name in ("spread", "alone", "sft")
     )
-    assert "at step 2 of 3" in done.stdout, done.stdout + done.stderr
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    assert not torch.equal(ours["model.norm.weight"], before["model.norm.weight"]), "it learned"
+    kept = [path.name for path in (tmp_path / "spread" / "checkpoints").iterdir()]
+    assert sorted(kept) == ["step_00000002", "step_00000003"]
+    (tmp_path / "spread" / "summary.json").unlink()
+    said, _ = start("spread", 4, *apart).communicate(timeout=120)
+    assert "at step 3 of 4" in said, said
 
 
 def checkout_of_ours(folder: Path) -> Path:
