@@ -31,6 +31,11 @@ class PromptRequest:
     params: SamplingParams
     version: int
 
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """Numbers of all answers that are wanted, int64 [P · samples], ascending."""
+        return np.sort((self.first_sample_ids[:, None] + np.arange(self.samples)).reshape(-1))
+
     def share(self, rank: int, world_size: int) -> PromptRequest:
         """The prompts of one of several workers: every world_size-th, so that the assignment never changes."""
         chosen = np.arange(rank, len(self.prompt_lens), world_size)

@@ -172,14 +172,15 @@ class Roles:
         return Asked(rollout.workers[rank], loading, rollout.one(rank, "generate", request))
 
     def collect(self, sampling: Sampling) -> RolloutBatch:
-        """Wait for the answers; by ascending sample number. A dead worker is replaced and asked again."""
+        """Wait for the answers; by ascending sample number, each once. A dead worker is replaced and asked again."""
         with self.clock.phase("generate"):
             parts = [self._collect_one(rank, sampling) for rank in range(len(self.groups["rollout"]))]
         self._note("generate", [part for _, part in parts])
         self._note("load", [load for load, _ in parts])
         batch = RolloutBatch.concatenate([part.value for _, part in parts])
-        order = np.argsort(batch.sample_ids, kind="stable")
-        return batch if (order == np.arange(len(order))).all() else batch.take(order)
+        numbers, first = np.unique(batch.sample_ids, return_index=True)
+        assert np.array_equal(numbers, sampling.request.sample_ids), "answers are missing, or nobody asked for them"
+        return batch if np.array_equal(first, np.arange(len(batch))) else batch.take(first)
 
     def _collect_one(self, rank: int, sampling: Sampling) -> tuple[Timed[int], Timed[RolloutBatch]]:
         rollout = self.groups["rollout"]

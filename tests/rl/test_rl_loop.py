@@ -5,6 +5,8 @@ import copy
 import json
 import math
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,12 +25,14 @@ from minigpt.errors import UserError
 from minigpt.model.model_critic import RewardModel
 from minigpt.rl import cluster
 from minigpt.rl.batch import RolloutBatch
+from minigpt.rl.group import WorkerDied
 from minigpt.rl.loop import Loop, Position
 from minigpt.rl.options import GRPOOptions, PPOOptions
 from minigpt.rl.prompts import PromptSource
 from minigpt.rl.reward_pool import RewardPool
-from minigpt.rl.roles import Roles
+from minigpt.rl.roles import CLASSES, Roles
 from minigpt.rl.run import RLStage, _check_judges, _prompts
+from minigpt.rl.workers import RolloutWorker, Timed
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.setup import load_masters
 
@@ -294,6 +298,83 @@ def test_what_other_stages_refuse_is_refused_in_the_same_words(kind, name, value
 def optimizer_steps(run: Run) -> int:
     engine = run.roles.groups["policy"].worker.engine
     return engine._engine.global_steps
+
+
+# ----------------------------------------------------------------------------------------- results that come twice
+
+
+def counted(run: Run, steps: int) -> tuple[list[RolloutBatch], dict[str, torch.Tensor], int, int]:
+    """What was learned from, what came of it, and how much was counted."""
+    for _ in range(steps):
+        run.loop.step()
+    return run.learned, run.weights(), run.loop.position.tokens, run.loop.position.prompts
+
+
+def assert_counted_once(ours: Run, theirs: Run, steps: int = 3) -> None:
+    (learned, weights, *numbers), (expected, others, *right) = (counted(run, steps) for run in (ours, theirs))
+    assert all(same(a, b) for a, b in zip(learned, expected, strict=True))
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+    assert numbers == right
+
+
+class LosingResults(InlineGroup):
+    """Of its samplers every other answer is lost on its way, after it was written: Ray says that the worker died."""
+
+    lost: ClassVar[int] = 0
+
+    def result(self, reference: ray.ObjectRef, rank: int, what: str) -> Any:
+        found = super().result(reference, rank, what)
+        if what == "answer" and len([c for c in self.calls if c.method == "generate"]) % 2:
+            LosingResults.lost += 1
+            raise WorkerDied(self.role, rank, "its answer is lost")
+        return found
+
+    def restart(self, rank: int) -> None:
+        self.worker = RolloutWorker(0, 1, 1, self.worker.job)
+        self.workers = [self.worker]
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_answers_that_are_written_twice_count_once(start, monkeypatch, overlap):
+    """Asked again after a death that came behind the work."""
+    options = {"overlap": overlap, "learning_rate": 1e-3}
+    expected = start("letters", **options)
+    monkeypatch.setattr("minigpt.rl.roles.WorkerGroup", LosingResults)
+    monkeypatch.setattr(LosingResults, "lost", 0)
+    run = start("letters", **options)
+    assert_counted_once(run, expected)
+    assert LosingResults.lost == 3
+    assert len(run.asked) == len(expected.asked) + 3
+
+
+class RepeatedSampler(RolloutWorker):
+    """Its results hold every answer twice, as of a call that ran twice."""
+
+    def generate(self, request):
+        found = super().generate(request)
+        found.value = RolloutBatch.concatenate([found.value, found.value])
+        return found
+
+
+def test_answers_that_arrive_twice_count_once(start, monkeypatch):
+    expected = start("letters", learning_rate=1e-3)
+    monkeypatch.setitem(CLASSES, "rollout", RepeatedSampler)
+    assert_counted_once(start("letters", learning_rate=1e-3), expected)
+
+
+def test_answers_that_are_missing_are_no_smaller_batch(start, monkeypatch):
+    run = start("letters")
+    worker = run.roles.groups["rollout"].worker
+    generate = worker.generate
+
+    def forgetful(request):
+        found = generate(request)
+        found.value = found.value.take(np.arange(1, len(found.value)))
+        return found
+
+    monkeypatch.setattr(worker, "generate", forgetful)
+    with pytest.raises(AssertionError, match="answers are missing"):
+        run.loop.step()
 
 
 # ------------------------------------------------------------------------------------------- tokens a second, turns
