@@ -334,8 +334,8 @@ class Loop:
         if "kl_per_answer" not in metrics and "kl" in metrics:
             metrics["kl_per_answer"] = metrics["kl"] * len(batch.behaviour_log_probs) / answers
         if updated and o.kl_target is not None and math.isfinite(metrics.get("kl_per_answer", math.nan)):
-            controller = algorithms.AdaptiveKL(position.kl_coefficient, o.kl_target)
-            position.kl_coefficient = controller.update(metrics["kl_per_answer"], answers)
+            controller = algorithms.AdaptiveKL(position.kl_coefficient, o.kl_target, o.kl_gain)
+            position.kl_coefficient = controller.update(metrics["kl_per_answer"])
         if o.kl_coefficient:
             metrics["kl_coefficient"] = position.kl_coefficient
 

@@ -535,9 +535,9 @@ def test_the_last_tokens_before_the_limit_are_punished_linearly(start):
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_the_kl_coefficient_follows_its_target(start, name):
-    """β is multiplied by 1 + clip(KL / target - 1, ±0.2) · answers / 10,000 (arXiv:1909.08593, section 2.2). KL is the
-    sum over an answer's tokens of k3 (in GRPO's loss) or k1 (in PPO's rewards), on average."""
-    run = start("letters", name=name, kl_coefficient=0.5, kl_target=0.05, learning_rate=3e-3)
+    """β is multiplied by 1 + K_β · clip(KL / target - 1, ±0.2) (arXiv:1909.08593, section 2.2). KL is the sum over an
+    answer's tokens of k3 (in GRPO's loss) or k1 (in PPO's rewards), on average."""
+    run = start("letters", name=name, kl_coefficient=0.5, kl_target=0.05, kl_gain=0.3, learning_rate=3e-3)
     first, coefficient, errors = run.weights(), 0.5, []
     for _ in range(4):
         weights = run.weights()
@@ -549,7 +549,7 @@ def test_the_kl_coefficient_follows_its_target(start, name):
         assert metrics["kl_per_answer"] == pytest.approx(kl, rel=1e-3, abs=1e-4)
         assert update.arguments[2] == pytest.approx(coefficient, rel=1e-6)
         errors.append(min(max(kl / 0.05 - 1, -0.2), 0.2))
-        coefficient *= 1 + errors[-1] * len(batch) / 10_000
+        coefficient *= 1 + 0.3 * errors[-1]
         assert metrics["kl_coefficient"] == pytest.approx(coefficient, rel=1e-6)
     assert errors[0] == -0.2
     assert errors[-1] == 0.2
@@ -567,7 +567,7 @@ def test_a_skipped_step_leaves_the_kl_coefficient_alone(start):
     norm.copy_(right)
     metrics = run.loop.step()
     assert metrics["skipped"] == 0
-    assert run.loop.position.kl_coefficient == 0.5 * (1 - 0.2 * PROMPTS * SAMPLES / 10_000)
+    assert run.loop.position.kl_coefficient == pytest.approx(0.5 * 0.98)
 
 
 def test_while_the_critic_warms_up_neither_the_rate_of_the_policy_nor_its_kl_coefficient_moves(start):
@@ -576,7 +576,7 @@ def test_while_the_critic_warms_up_neither_the_rate_of_the_policy_nor_its_kl_coe
     run = start("letters", name="ppo", critic_warmup=2, kl_coefficient=0.5, kl_target=0.05, **rates)
     coefficients = [run.loop.step()["kl_coefficient"] for _ in range(6)]
     assert coefficients[:2] == [0.5, 0.5]
-    assert coefficients[2] == 0.5 * (1 - 0.2 * PROMPTS * SAMPLES / 10_000)
+    assert coefficients[2] == pytest.approx(0.5 * 0.98)
     policy = [call.arguments[1] for call in run.calls("policy", "update")]
     critic = [call.arguments[1] for call in run.calls("critic", "update")]
     assert policy == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3])
