@@ -47,7 +47,8 @@ class RLOptions:
         objective: ppo: clipped ratio of each token; gspo: of the whole answer; cispo: clipped weights.
         clip_low: Ratios below 1 - clip_low get no gradient.
         clip_high: Ratios above 1 + clip_high get none; null: as clip_low. DAPO's clip-higher is 0.28 with 0.2 below.
-        dual_clip: Bounds the loss of answers with a negative advantage at -dual_clip * advantage; null: not.
+        dual_clip: Bounds the loss of answers with a negative advantage at -dual_clip * advantage; null: not. (Not with
+            cispo.)
         aggregation: How tokens are averaged: token (all alike), sequence (all answers alike), constant (Dr. GRPO).
         kl_coefficient: How dearly leaving the reference is paid for. 0: no reference model is loaded.
         kl_in: loss: as a term of the loss (ratio times k3); reward: taken off each token's reward (k1, PPO only).
@@ -217,10 +218,34 @@ class RLOptions:
             raise UserError("--overlap 1 samples with older weights, which needs --behaviour_correction; leave it out")
         if self.kl_target is not None and not self.kl_coefficient:
             raise UserError("--kl_target adapts --kl_coefficient, which is 0; give it a first value above 0")
+        if self.dual_clip is not None and self.objective == "cispo":
+            raise UserError(
+                "--dual_clip bounds a ratio, of which --objective cispo has no gradient; leave out one of the two"
+            )
 
     def _require(self, good: bool, name: str, rule: str) -> None:
         if not good:
             raise UserError(f"--{name} is {getattr(self, name)}, it must be {rule}")
+
+    def without_effect(self) -> list[str]:
+        """A sentence about each option that differs from its default and changes nothing beside the others."""
+        alike = "with one update a step, whose ratios are all 1: --minibatches or --update_epochs make more"
+        groups = [
+            (self.updates_per_step == 1, ("objective", "clip_low", "clip_high", "dual_clip", "value_clip"), alike),
+            (not self.corrects_behaviour, ("behaviour_cap",), "without --behaviour_correction true or --overlap 1"),
+            (not self.kl_coefficient, ("kl_in",), "with a --kl_coefficient of 0"),
+            (self.kl_target is None, ("kl_gain",), "without --kl_target"),
+            (self.reward_model is None, ("reward_model_weight",), "without --reward_model"),
+            (not self.reward, ("reward_processes", "reward_timeout", "reward_memory_mb"), "without --reward"),
+            (self.schedule == "constant", ("min_lr_ratio",), "with --schedule constant"),
+        ]
+        defaults = {one.name: one.default for one in fields(self)}
+        return [
+            f"--{name} {getattr(self, name)} is without effect {why}"
+            for unused, names, why in groups
+            for name in names
+            if unused and getattr(self, name, None) not in (None, defaults.get(name))
+        ]
 
     @property
     def answers_per_step(self) -> int:
@@ -290,5 +315,5 @@ class PPOOptions(RLOptions):
         for name in ("gamma", "lam"):
             self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self._require(0 <= self.critic_learning_rate < math.inf, "critic_learning_rate", "a number of at least 0")
-        self._require(self.critic_warmup >= 0, "critic_warmup", "at least 0")
+        self._require(0 <= self.critic_warmup < self.max_steps, "critic_warmup", "at least 0 and less than --max_steps")
         self._require(self.value_clip is None or self.value_clip > 0, "value_clip", "null or a number above 0")

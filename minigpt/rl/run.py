@@ -73,6 +73,12 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     run.open()
     encoder = _encoder(init)
     source, heldout = _prompts(stage, options, init)
+    if heldout is None:
+        run.say(
+            "no prompts are held out, so nothing is evaluated (--eval_interval, --eval_prompts): give some, --eval_data"
+        )
+    for sentence in options.without_effect():
+        run.say(sentence)
     config = read_config(model_folder(init))  # the weights are read by the workers alone
     limit = config.max_position_embeddings
     prompts = PromptSource(source.train, encoder, options.thinking, options.seed, limit - 1)

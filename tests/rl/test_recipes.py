@@ -32,6 +32,7 @@ def test_every_recipe_is_for_a_machine_that_is_named_here():
 def test_a_recipe_is_options_whose_layout_takes_the_machine_and_no_more(name, monkeypatch):
     options = options_of(name, monkeypatch)
     assert options.save_interval
+    assert not options.without_effect()
     assert options.eval_interval
     assert options.deepspeed is None or options.deepspeed.exists()
     roles = [*WITHOUT_CRITIC, *(["critic"] if name.startswith("ppo") else [])]

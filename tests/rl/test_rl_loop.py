@@ -295,6 +295,62 @@ def test_what_other_stages_refuse_is_refused_in_the_same_words(kind, name, value
     assert len(sentences) == 1
 
 
+CONTRADICTIONS = {
+    "a critic that warms up until the end": (
+        {"critic_warmup": 20, "max_steps": 20},
+        "critic_warmup is 20, .* less than",
+    ),
+    "a target without a coefficient": ({"kl_coefficient": 0, "kl_target": 1.0}, "--kl_target adapts --kl_coefficient"),
+    "a bound on what has no gradient": (
+        {"objective": "cispo", "dual_clip": 3.0},
+        "--dual_clip bounds .* leave out one",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "sentence"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_options_that_contradict_each_other_are_refused(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        PPOOptions(**options)
+
+
+IDLE = {
+    "clip_high": ({"clip_high": 0.28}, {"minibatches": 2}, "--minibatches or --update_epochs make more"),
+    "clip_low": ({"clip_low": 0.1}, {"update_epochs": 2}, "--minibatches or --update_epochs make more"),
+    "dual_clip": ({"dual_clip": 3.0}, {"minibatches": 2}, "--minibatches or --update_epochs make more"),
+    "objective": ({"objective": "gspo"}, {"minibatches": 2}, "--minibatches or --update_epochs make more"),
+    "value_clip": ({"value_clip": 0.5}, {"minibatches": 2}, "--minibatches or --update_epochs make more"),
+    "behaviour_cap": ({"behaviour_cap": 3.0}, {"overlap": 1}, "without --behaviour_correction true or --overlap 1"),
+    "kl_in": ({"kl_in": "loss", "kl_coefficient": 0.0}, {"kl_coefficient": 0.1}, "with a --kl_coefficient of 0"),
+    "kl_gain": ({"kl_gain": 0.5}, {"kl_target": 1.0}, "without --kl_target"),
+    "reward_model_weight": ({"reward_model_weight": 2.0}, {"reward_model": Path("x")}, "without --reward_model"),
+    "reward_timeout": (
+        {"reward": [], "reward_model": Path("x"), "reward_timeout": 9.0},
+        {"reward": ["format"]},
+        "--reward",
+    ),
+    "min_lr_ratio": ({"min_lr_ratio": 0.1}, {"schedule": "cosine"}, "with --schedule constant"),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "used", "why"), [(k, *v) for k, v in IDLE.items()], ids=IDLE)
+def test_an_option_without_effect_is_one_sentence_that_says_what_it_needs(name, options, used, why):
+    (sentence,) = PPOOptions(**options).without_effect()
+    assert sentence.startswith(f"--{name} {options[name]} is without effect ")
+    assert sentence.endswith(why)
+    assert not PPOOptions(**{**options, **used}).without_effect()
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "gspo"}, {"objective": "cispo"}, {"clip_high": 0.5}], ids=str)
+def test_what_is_said_to_be_without_effect_is(start, options):
+    """One update a step: the objectives and their clips come to the same bits."""
+    run, plain = start("letters", learning_rate=1e-2, **options), start("letters", learning_rate=1e-2)
+    for _ in range(2):
+        run.loop.step(), plain.loop.step()
+    ours, theirs = run.weights(), plain.weights()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
 def optimizer_steps(run: Run) -> int:
     engine = run.roles.groups["policy"].worker.engine
     return engine._engine.global_steps
