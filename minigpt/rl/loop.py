@@ -198,7 +198,7 @@ class Loop:
             metrics["accuracy"] = metrics.pop("reward_accuracy")
         if scores.failed.any():
             metrics["reward_failures"] = float(scores.failed.sum())
-            self.roles.say(f"a reward failed and counts 0: {scores.failures[0]}")
+            self.roles.say(f"a reward failed and counts as the worst of the batch: {scores.failures[0]}")
         return scores.rewards, metrics
 
     def _describe(self, batch: RolloutBatch, rewards: np.ndarray) -> dict[str, float]:

@@ -54,7 +54,7 @@ class Scores:
         parts: Each reward before its weight, float32 [N], by its name; each further metric that it returned as
             `name/metric`, NaN where a completion has none.
         failures: What went wrong, one sentence each; the first few.
-        failed: Completions for which a reward function failed, bool [N]. That part is `failure_reward`.
+        failed: Completions for which a reward function failed, bool [N]. That part is the worst of the batch, or 0.
     """
 
     rewards: np.ndarray
@@ -71,7 +71,11 @@ class RewardPool:
         processes: Workers.
         timeout: Seconds that one call of one reward function may take.
         memory_mb: MiB of address space that a worker may use.
-        failure_reward: What a call counts that hangs, crashes, raises or returns no finite number.
+
+    A call that hangs, crashes, raises or returns no finite number is a failure. It counts as the worst that the
+    function returned for another completion of the batch, or as 0 if that is worse: where all values are negative, an
+    answer that could not be judged must not be the best. (Left out of the loss, what makes a verifier hang would be
+    free.)
 
     Raises:
         UserError: a spec is wrong or its module cannot be imported; a limit makes no sense.
@@ -89,12 +93,11 @@ class RewardPool:
         processes: int = 1,
         timeout: float = 5.0,
         memory_mb: int = 2048,
-        failure_reward: float = 0.0,
     ) -> None:
         for name, value in {"processes": processes, "timeout": timeout, "memory_mb": memory_mb}.items():
             if not 0 < value < math.inf:
                 raise UserError(f"rewards with {name}={value} cannot be computed: give a number above 0")
-        self.timeout, self.failure_reward = timeout, failure_reward
+        self.timeout = timeout
         self._workers = [_Worker(list(specs), memory_mb) for _ in range(processes)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
@@ -136,22 +139,25 @@ class RewardPool:
         return replies
 
     def _collect(self, replies: list[dict[str, Any]], n: int) -> Scores:
-        parts: dict[str, np.ndarray] = {name: np.full(n, self.failure_reward, dtype=np.float32) for name in self.names}
-        failed, failures = np.zeros(n, dtype=bool), []
+        parts: dict[str, np.ndarray] = {name: np.zeros(n, dtype=np.float32) for name in self.names}
+        failed, failures = np.zeros((len(self.names), n), dtype=bool), []
         for call, reply in enumerate(replies):
             i, index = divmod(call, len(self.names))
             name = self.names[index]
             if "error" in reply:
-                failed[i] = True
+                failed[index, i] = True
                 failures.append(f"{name} {reply['error']} on completion {i}")
                 continue
             parts[name][i] = reply["reward"]
             for metric, value in reply["metrics"].items():
                 parts.setdefault(f"{name}/{metric}", np.full(n, np.nan, dtype=np.float32))[i] = value
         rewards = np.zeros(n, dtype=np.float64)
-        for name, weight in zip(self.names, self.weights, strict=True):
-            rewards += weight * parts[name].astype(np.float64)
-        return Scores(rewards.astype(np.float32), parts, failures[:MAX_FAILURES], failed)
+        for name, weight, lost in zip(self.names, self.weights, failed, strict=True):
+            values = parts[name]  # 0 where it failed
+            if lost.any():
+                values[lost] = values.max() if weight < 0 else values.min()
+            rewards += weight * values.astype(np.float64)
+        return Scores(rewards.astype(np.float32), parts, failures[:MAX_FAILURES], np.logical_or.reduce(failed))
 
     def close(self) -> None:
         """End the workers, also those in the middle of a call. A second time it does nothing."""

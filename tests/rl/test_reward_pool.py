@@ -207,14 +207,38 @@ def test_hostile_texts_come_through_whole(functions, text):
 def test_every_misbehaviour_is_one_failure_and_the_others_are_scored(functions, processes):
     completions = [text for bad in MISBEHAVIOUR for text in ("fine", bad)] + ["fine"]
     spec = functions("misbehave")
-    with RewardPool(["accuracy", spec], processes=processes, timeout=1, memory_mb=512, failure_reward=-3.0) as pool:
+    with RewardPool(["accuracy", spec], processes=processes, timeout=1, memory_mb=512) as pool:
         scores = score(pool, [f"{text} 12" if text == "fine" else text for text in completions])
         assert scores.failed.tolist() == [text != "fine" for text in completions]
-        assert scores.rewards.tolist() == [1.5 if text == "fine" else -3.0 for text in completions]
+        assert scores.rewards.tolist() == [1.5 if text == "fine" else 0.0 for text in completions]
         assert scores.parts["accuracy"].tolist() == [float(text == "fine") for text in completions]
         assert len(scores.failures) == 5
         assert scores.failures[0] == f"{spec} took more than 1 s on completion 1"
         assert score(pool, ["fine"]).rewards.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("weight", "values", "worst"),
+    [
+        (1, [-3, -1, -2], -3),
+        (0.5, [-3, 1, 2], -3),
+        (1, [0.5, 1, 2], 0),
+        (-1, [3, 1, 2], 3),
+        (-2, [-3, -1, -2], 0),
+        (1, [], 0),
+    ],
+    ids=str,
+)
+def test_a_failure_is_never_better_than_an_answer_that_was_judged(functions, processes, weight, values, worst):
+    """However the values lie. What counts is the part times its weight, and a failed part is at most 0."""
+    with RewardPool([f"{functions('number')}={weight}"], processes=processes) as pool:
+        scores = score(pool, [text for value in values for text in ("no number", str(value))] + ["no number"])
+    (part,) = scores.parts.values()
+    assert part[~scores.failed].tolist() == values
+    assert set(part[scores.failed].tolist()) == {worst}
+    assert scores.rewards.tolist() == pytest.approx((weight * part).tolist())
+    assert scores.rewards[scores.failed].max() <= min([0, *scores.rewards])
 
 
 @pytest.mark.parametrize("bad", MISBEHAVIOUR)
