@@ -31,7 +31,7 @@ class Delivery:
         self.policy, self.rollout, self.say = policy, rollout, say
         self.backend: Backend | None = None
         self._joined = False
-        self._versions: dict[int, Published] = {}
+        self._versions: dict[int, list[Published]] = {}  # by rank of the policy: what it published
         self._held: dict[int, int] = {}  # by rank of the rollout worker: what it was handed last
 
     def setup(self, wanted: str) -> None:
@@ -43,7 +43,7 @@ class Delivery:
         """Make the policy's weights, as they are now, available; returns what its ranks return."""
         receiving = None if self.backend is None else self._begin(self.backend, version)
         results = self.policy.wait(self.policy.all("publish", version, receiving is not None), "publish")
-        self._versions[version] = Published.by_all([result.value for result in results])
+        self._versions[version] = [result.value for result in results]
         for rank, reference in enumerate(receiving or []):
             self._note_receipt(rank, reference, version)
         for old in sorted(self._versions)[:-VERSIONS_KEPT]:
@@ -92,12 +92,18 @@ class Delivery:
 
     def for_worker(self, rank: int, version: int) -> Published:
         """What a rollout worker is to load: only a version number, if it holds that version."""
-        published = self._versions[version]
-        if self._held.get(rank) != version and not published.in_store:
-            (published,) = self.policy.wait([self.policy.one(0, "store", version)], "store weights")
-            self._versions[version] = published
+        if self._held.get(rank) != version and not Published.by_all(self._versions[version]).in_store:
+            self._versions[version] = self.policy.wait([self.policy.one(0, "store", version)], "store weights")
         self._held[rank] = version
-        return published
+        return Published.by_all(self._versions[version])
+
+    def publisher_of(self, reference: str) -> int:
+        """The rank of the policy that put an object of a version into the store; `reference` as in `InputLost`."""
+        for published in self._versions.values():
+            for rank, share in enumerate(published):
+                if any(reference == one.hex() for bucket in share.buckets for one in bucket.data):
+                    return rank
+        return 0  # of a version that is kept no more, as what `store` makes
 
     def forget(self, rank: int) -> None:
         """A rollout worker was replaced: it holds nothing, and is in no group."""

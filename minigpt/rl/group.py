@@ -48,6 +48,18 @@ class WorkerFailed(Exception):
         self.traceback = traceback
 
 
+class InputLost(WorkerDied):
+    """What a worker was to fetch from the object store died with whoever had put it there.
+
+    Attributes:
+        reference: The object's number, as `ObjectRef.hex` gives it.
+    """
+
+    def __init__(self, role: str, rank: int, reference: str) -> None:
+        super().__init__(role, rank, "what it was to read is gone")
+        self.reference = reference
+
+
 class WorkerGroup:
     """The workers of a role.
 
@@ -152,8 +164,8 @@ class WorkerGroup:
             cause = error.cause
             if isinstance(cause, UserError):
                 raise cause from error
-            if isinstance(cause, ObjectLostError):  # the weights to load died with their owner
-                raise WorkerDied("policy", 0, "the weights that it had published are gone") from error
+            if isinstance(cause, ObjectLostError):
+                raise InputLost(self.role, rank, cause.object_ref_hex) from error
             reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
             raise WorkerFailed(self.role, rank, what, reason, _plain(error)) from error
         except RayActorError as error:

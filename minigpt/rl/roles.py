@@ -21,7 +21,7 @@ from minigpt.rl.cluster import check_resources
 
 from .batch import RolloutBatch, restore
 from .delivery import Delivery
-from .group import WorkerDied, WorkerGroup, place
+from .group import InputLost, WorkerDied, WorkerGroup, place
 from .layout import bundles, choose_layout, sharing
 from .options import PPOOptions
 from .request import PromptRequest
@@ -198,6 +198,9 @@ class Roles:
                     sampling.asked[rank] = self._ask(rank, sampling.request)
                 _, loading, generating = sampling.asked[rank]
                 return rollout.result(loading, rank, "load weights"), rollout.result(generating, rank, "answer")
+            except InputLost as loss:
+                publisher = self.delivery.publisher_of(loss.reference)
+                raise WorkerDied("policy", publisher, "the weights that it had published are gone") from loss
             except WorkerDied as error:
                 if error.role != "rollout" or attempt + 1 == ATTEMPTS:
                     raise

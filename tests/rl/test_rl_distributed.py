@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.exceptions import ObjectLostError
 from ray.util import remove_placement_group
-from tiny_rl import arrays_of, make_job, make_policy, make_request, sample, with_columns, write_run
+from tiny_rl import arrays_of, make_job, make_policy, make_request, sample, wait_until, with_columns, write_run
 
 from minigpt.errors import UserError
 from minigpt.rl import cluster
@@ -410,6 +411,33 @@ def test_who_missed_a_broadcast_gets_the_version_that_is_asked_for_and_the_next_
         policy.kill()
         samplers.kill()
         remove_placement_group(placement)
+
+
+def is_lost(reference: ray.ObjectRef) -> bool:
+    try:
+        ray.get(reference, timeout=1)
+    except ObjectLostError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_dies_with_its_share_of_the_weights_is_named(run, tmp_path, rank):
+    """At ZeRO 3 each of two ranks has a share of every weight in the store. Who misses one is not to blame."""
+    layout = tmp_path / "layout.yaml"
+    layout.write_text("policy: {workers: 2, threads: 1}\nrollout: {threads: 1}\n")
+    roles = Roles(make_job(run, layout=str(layout), deepspeed=CONFIGS / "zero3.json"), pytest.fail)
+    try:
+        roles.setup()
+        roles.publish(0)
+        ray.kill(roles.groups["policy"].workers[rank])
+        (share,) = roles.delivery.for_worker(0, 0).buckets[0].data[rank : rank + 1]
+        assert wait_until(lambda: is_lost(share)), "Ray keeps it for a while"
+        with pytest.raises(WorkerDied, match="the weights that it had published are gone") as death:
+            roles.collect(roles.sample(make_request()))
+        assert (death.value.role, death.value.rank) == ("policy", rank)
+    finally:
+        roles.close()
 
 
 def stubborn() -> type:
