@@ -7,6 +7,7 @@
 #   ./launch/train.sh sft --num_gpus 2 -- --data packed_sft --save_dir out/sft           two processes (also on a CPU)
 #   ./launch/train.sh pretrain --hostfile hosts --master_port 29501 -- --config run.yaml many machines
 #
+# Reinforcement learning (ppo, grpo) starts its processes itself, by Ray: minigpt train grpo, or ./launch/ray_submit.sh.
 # What stands before `--` goes to `deepspeed` (see `deepspeed --help`), the rest to the stage (`minigpt train STAGE --help`).
 # The environment is the active one, else the repository's .venv; it must stand under the same path on every machine.
 set -euo pipefail
@@ -17,18 +18,21 @@ die() {
     exit 1
 }
 
+BY_RAY="grpo ppo" # one process, the controller, that starts the others: of several each would train a run of its own
+
 stages() { # the stages that exist, by the names of `minigpt train`
     local file name
     for file in "$ROOT"/minigpt/trainer/train_*.py; do
         name="${file##*/train_}"
         name="${name%.py}"
-        printf '%s ' "${name/#full_sft/sft}"
+        [[ " $BY_RAY " == *" $name "* ]] || printf '%s ' "${name/#full_sft/sft}"
     done
 }
 
 [[ $# -gt 0 && "$1" != -* ]] || die "which stage? ./launch/train.sh STAGE [launcher options --] [options], where STAGE is one of: $(stages)"
 stage="$1"
 shift
+[[ " $BY_RAY " != *" $stage "* ]] || die "$stage starts its processes itself, by Ray: minigpt train $stage …, or on a cluster ./launch/ray_submit.sh -- minigpt train $stage …"
 module="train_${stage/#sft/full_sft}"
 [[ -f "$ROOT/minigpt/trainer/$module.py" ]] || die "there is no stage $stage; there are: $(stages)"
 

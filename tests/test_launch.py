@@ -187,6 +187,20 @@ def test_train_sh_names_the_stages_there_are(arguments, words, tmp_path):
     assert all(word in done.stderr for word in words)
 
 
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_train_sh_starts_no_controller_of_ray_in_every_process(stage, tmp_path):
+    """Each would train a run of its own, in the same folder."""
+    done = train_sh(stage, "--num_accelerators", 2, "--", "--save_dir", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert not done.stdout
+    assert re.fullmatch(
+        rf"error: {stage} starts its processes itself, by Ray: minigpt train {stage} …, "
+        rf"or on a cluster \./launch/ray_submit\.sh -- minigpt train {stage} …\n",
+        done.stderr,
+    )
+    assert not {"grpo", "ppo"} & set(train_sh(cwd=tmp_path).stderr.split())
+
+
 MANY_MACHINES = ["--hostfile", "my hosts", "--include", "a@b:0,1"]
 
 
