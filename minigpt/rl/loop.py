@@ -29,6 +29,7 @@ from .roles import Roles, Sampling
 
 EVALUATION_IDS = 1 << 40  # sample numbers that training never reaches
 COUNTS = ("reward_failures",)  # what of several rounds is added up; of the other metrics the mean is taken
+NO_MODEL = ("publish", "load")  # phases of which workers say how long they took, and which no model computes in
 RESULTS = ("loss", "reward", "tokens_per_second")  # what of a step's metrics the summary tells
 
 
@@ -349,9 +350,10 @@ class Loop:
             )
 
     def _times(self, seconds: float, batch: RolloutBatch) -> dict[str, float]:
-        """Seconds of each phase, and what of the step neither sampled nor computed: Ray, copies, this process."""
+        """Seconds of each phase, and the part of the step in which no model sampled, judged or learned: rewards by
+        rules, weights on their way, Ray, this process."""
         clock = self.roles.clock
-        busy = sum(clock.computed.values()) + clock.waited["rewards"]
+        busy = sum(seconds for name, seconds in clock.computed.items() if name not in NO_MODEL)
         named = {f"seconds_{name}": value for name, value in clock.waited.items()}
         rates = {f"tokens_per_second_{name}": n / max(clock.computed[name], 1e-9) for name, n in clock.tokens.items()}
         return {

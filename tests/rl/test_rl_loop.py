@@ -463,6 +463,40 @@ def test_a_phase_of_several_epochs_counts_its_tokens_as_often(start, reward_mode
         assert found == pytest.approx(times * drawn.answer_lens.sum()), phase
 
 
+MODELS = ("reference_log_probs", "policy_log_probs", "values", "reward_model", "update_policy", "update_critic")
+
+
+def test_overhead_is_all_that_is_neither_generation_nor_a_models_work(start, reward_model, pools, monkeypatch):
+    """Rewards by rules and weights on their way are, here slow ones."""
+    options = {"name": "ppo", "kl_coefficient": 0.1, "minibatches": 2, "reward_model": reward_model}
+    run = start("letters", **options)
+    run.loop.step()
+    pool, policy = pools["letters"], run.roles.groups["policy"].worker
+    for owner, method in ((pool, "score"), (policy, "publish"), (run.roles.groups["rollout"].worker, "load")):
+        monkeypatch.setattr(owner, method, slowly(getattr(owner, method)))
+    metrics = run.loop.step()
+    assert {f"seconds_{name}" for name in ("generate", *MODELS)} < metrics.keys()
+    busy = sum(run.roles.clock.computed[name] for name in ("generate", *MODELS))
+    assert metrics["overhead"] == pytest.approx(1 - busy / metrics["seconds_step"], abs=1e-6)
+    assert metrics["overhead"] * metrics["seconds_step"] > 3 * SLOW
+
+
+SLOW = 0.4  # seconds
+
+
+def slowly(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, which takes a while longer, by the worker's clock as well."""
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(SLOW)
+        found = call(*arguments)
+        if isinstance(found, Timed):
+            found.seconds += SLOW
+        return found
+
+    return slow
+
+
 class Watched(InlineGroup):
     """Knows which roles hold their memory: from the call that loads or wakes one until its sleep was waited for."""
 
