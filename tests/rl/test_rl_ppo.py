@@ -3,6 +3,7 @@ whole, once resumed, and once with two ranks of policy and critic."""
 
 import json
 import os
+import runpy
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from whole_runs import (
     without_times,
 )
 
+from data_prep.pack import PackOptions, pack
 from minigpt.model.model_critic import RewardModel
 from minigpt.trainer.setup import load_masters
 
@@ -168,6 +170,45 @@ def test_a_run_does_not_go_on_with_a_reward_model_that_was_trained_again(world, 
     sentence = "was rewarded by other weights than those that --reward_model gives now"
     assert sentence in capsys.readouterr().err
     assert train(world, run, *common, f"--reward_model={reward}") == 0
+
+
+def test_one_command_trains_a_reward_model_and_then_ppo_with_all_four_models(world, tmp_path, monkeypatch, capsys):
+    """`examples/ppo_four_models.py`, small; once more it finds both runs finished."""
+    example = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "ppo_four_models.py"))["main"]
+    quickstart = tmp_path / "quickstart"
+    with pytest.raises(SystemExit, match="run minigpt quickstart first"):
+        example([f"--quickstart={quickstart}"])
+    shutil.copytree(world / "sft", quickstart / "reason_start")
+    shutil.copytree(world / "microworld", quickstart / "microworld")
+    options = [option for option in OPTIONS if not option.startswith(("--max_steps", "--critic_warmup"))]
+    places = [f"--quickstart={quickstart}", f"--save_dir={tmp_path / 'ppo4'}", "--reward_steps=2"]
+    command = [*places, *options, "--max_steps=2", "--critic_warmup=1"]
+    threads = torch.get_num_threads()
+    try:
+        example(command)
+    finally:
+        torch.set_num_threads(threads)
+    assert metrics_of(tmp_path / "ppo4" / "reward")[-1]["step"] == 2
+    warming, learning = metrics_of(tmp_path / "ppo4" / "ppo")
+    assert all("reward_model" in line and "value_loss" in line and "accuracy" in line for line in (warming, learning))
+    assert "loss" not in warming
+    assert {"loss", "kl_per_answer"} <= learning.keys()
+    assert "policy (1) + critic (1) + reference (1) + reward (1) + rollout (1)" in capsys.readouterr().out
+    example(command)
+    assert capsys.readouterr().out.count("nothing to do") == 2
+
+
+def test_what_has_no_effect_is_said_once_before_the_first_step(world, tmp_path, capsys):
+    """Options that the others make idle, and evaluation where nothing is held out."""
+    raw, data = world / "microworld" / "prompt.jsonl", tmp_path / "prompts"
+    pack(PackOptions(stage="prompt", input=[raw], output=data, seq_len=64, workers=1, valid_fraction=0))
+    idle = ["--max_steps=2", "--critic_warmup=0", "--minibatches=1", "--update_epochs=1", "--clip_high=0.28"]
+    assert train(world, tmp_path / "ppo", f"--data={data}", *idle, "--eval_interval=1") == 0
+    said = capsys.readouterr().out
+    assert said.count("no prompts are held out, so nothing is evaluated (--eval_interval, --eval_prompts)") == 1
+    assert said.count("--clip_high 0.28 is without effect with one update a step") == 1
+    assert said.count("without effect") == 1
+    assert not metrics_of(tmp_path / "ppo", "eval")
 
 
 def test_two_ranks_of_policy_and_critic_learn_what_one_does(whole, world, tmp_path):
