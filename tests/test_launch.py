@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def checkout(tmp_path) -> Path:
     folder = tmp_path / "check out"  # with a space, as people's folders have
     shutil.copytree(REPOSITORY / "launch", folder / "launch")
     shutil.copytree(REPOSITORY / ".ci", folder / ".ci")
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(REPOSITORY / name, folder)
+    (folder / "tests" / "serve").mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt", "tests/serve/chromium.py"):
+        shutil.copy(REPOSITORY / name, folder / name)
     return folder
 
 
@@ -135,7 +137,7 @@ def test_a_second_run_installs_nothing_until_the_pins_change(checkout, bare_mach
 
 def test_test_sh_runs_every_check_and_one_failure_fails_all(checkout):
     make_ready(checkout)
-    for package in ("minigpt", "data_prep", "tests"):
+    for package in ("minigpt", "data_prep"):
         (checkout / package).mkdir()
     (checkout / "minigpt" / "__init__.py").write_text('"""Fine."""\n')
     (checkout / "data_prep" / "__init__.py").write_text("import os\n")  # unused: the linter minds
@@ -150,6 +152,19 @@ def test_test_sh_runs_every_check_and_one_failure_fails_all(checkout):
     (checkout / "data_prep" / "__init__.py").write_text("")
     done = run([checkout / "launch" / "test.sh", "-q"], tools)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_test_sh_without_a_browser_says_how_to_get_one_before_anything_is_tested(checkout, bare_machine):
+    make_ready(checkout)
+    (bare_machine / "id").write_text("#!/bin/sh\necho 1000\n")  # nobody who could install it
+    (bare_machine / "id").chmod(0o755)
+    packages = sysconfig.get_paths()["purelib"]  # of the environment of these tests: playwright
+    done = run([checkout / "launch" / "test.sh"], bare_machine, PYTHONPATH=packages, PLAYWRIGHT_BROWSERS_PATH="/none")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the tests of the chat page need Chromium")
+    assert "apt-get install chromium" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
 
 
 def test_every_requirement_is_pinned_to_a_version_that_it_allows():

@@ -1,30 +1,23 @@
 """The chat page in a real browser: Chromium, headless, driven by Playwright, against a running server."""
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from chromium import MISSING, find_chromium
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from scripted_server import wait_until
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
-HOW = (
-    "install one (Debian, Ubuntu: sudo apt-get install chromium; elsewhere: playwright install chromium) or name it "
-    "with CHROMIUM=/path"
-)
 ANSWER = ".assistant .text"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    found = find_chromium()
+    if found is None:
+        pytest.fail(MISSING, pytrace=False)
     with sync_playwright() as playwright:
-        named = [os.environ.get("CHROMIUM"), *map(shutil.which, BROWSERS), playwright.chromium.executable_path]
-        found = next((path for path in named if path and Path(path).exists()), None)
-        assert found, f"the chat page is tested in Chromium and there is none: {HOW}"
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
