@@ -83,18 +83,18 @@ def test_relative_links_lead_to_files_and_headings_that_exist(page):
 
 
 @cache
-def tracked() -> frozenset[str]:
-    """Names of all files of the repository, without what git ignores."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    return frozenset(listed or [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.*")])
+def scripts() -> frozenset[str]:
+    """Names of all scripts of the repository; git is not asked, as there is none in an unpacked archive."""
+    kept = [folder for folder in ROOT.iterdir() if folder.name[0] != "." and not folder.name.startswith(("out", "build", "dist"))]
+    files = [file for folder in kept for file in folder.rglob("*.*") if file.suffix in (".py", ".sh")]
+    return frozenset(file.relative_to(ROOT).as_posix() for file in files)
 
 
 @every_page
 def test_scripts_and_modules_that_are_named_exist(page):
     for code in INLINE_CODE.findall(prose(page)):
         for name in SCRIPT_NAME.findall(code):
-            known = tracked()
+            known = scripts()
             wanted = name.removeprefix("./")
             places = (wanted, f"minigpt/{wanted}")  # the guide works from within minigpt/
             by_name = "/" not in wanted and any(path.endswith("/" + wanted) for path in known)
