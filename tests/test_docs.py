@@ -85,8 +85,9 @@ def test_relative_links_lead_to_files_and_headings_that_exist(page):
 @cache
 def scripts() -> frozenset[str]:
     """Names of all scripts of the repository; git is not asked, as there is none in an unpacked archive."""
-    kept = [folder for folder in ROOT.iterdir() if folder.name[0] != "." and not folder.name.startswith(("out", "build", "dist"))]
-    files = [file for folder in kept for file in folder.rglob("*.*") if file.suffix in (".py", ".sh")]
+    left_out = (".", "out", "build", "dist")  # what git ignores, too
+    folders = [folder for folder in ROOT.iterdir() if not folder.name.startswith(left_out)]
+    files = [file for folder in folders for file in folder.rglob("*.*") if file.suffix in (".py", ".sh")]
     return frozenset(file.relative_to(ROOT).as_posix() for file in files)
 
 
