@@ -6,13 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_prep.microworld import SIZES, MicroWorldOptions, write_microworld
 from data_prep.microworld.arithmetic import HELDOUT_FRACTION, Sum, is_heldout
-from data_prep.microworld.generate import Source
+from data_prep.microworld.generate import HASTY, Source
 from data_prep.microworld.identity import all_aspects
 from data_prep.microworld.persona import CALLS, in_persona
 from data_prep.microworld.rng import Stream
@@ -252,6 +254,25 @@ def test_looking_up_the_nearest_question_fails(records):
     known = records["sft"] + records["reason"] + records["hasty"] + records["persona"]
     for part in ("heldout_qa", "heldout_sums"):
         assert nearest_neighbour_baseline(known, records[part]).value <= 0.20
+
+
+def test_looking_up_fails_for_every_kind_of_all_that_is_held_out():
+    """Against what the quickstart fine-tunes on; three worlds, since each has but a dozen held-out ways to ask MiniGPT
+    for its own."""
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for seed, size in ((0, "quickstart"), (1, "small"), (2, "small")):
+        source = Source(seed, replace(SIZES[size], heldout_qa=10_000, heldout_sums=1_000))
+        known = [*source.conversations(), *source.reasoning(), *source.reasoning("hasty", HASTY)]
+        heldout = [*source.heldout_qa(), *source.heldout_sums()]
+        for kind in {record["meta"]["kind"] for record in heldout}:
+            found = nearest_neighbour_baseline(known, [r for r in heldout if r["meta"]["kind"] == kind])
+            right[kind] += found.correct
+            asked[kind] += found.total
+    assert asked["world"] + asked["chat"] > 700
+    assert asked["sum"] > 1_500
+    assert asked.keys() == {"world", "chat", "identity", "sum"}
+    assert all(right[kind] / asked[kind] <= 0.20 for kind in asked), (right, asked)
 
 
 def test_texts_are_clean(records):
