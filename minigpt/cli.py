@@ -15,6 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from minigpt.errors import UserError, did_you_mean
@@ -98,6 +99,7 @@ VERBS: dict[str, Verb] = {
     ),
     "doctor": Verb(f"{_COMMANDS}:doctor", f"{_COMMANDS}:DoctorOptions", "what is missing here, and the remedy"),
 }
+MAY_BE_SHIPPED = ("config", "deepspeed", "layout")  # options that name a file, which may be one of MiniGPT's own
 GROUPS = {"data": "text to packed shards", "train": "the training stages"}
 
 
@@ -172,7 +174,8 @@ def parse_options(
 
     description = (about or options.__doc__ or "").strip().split("\n\n")[0]
     parser = ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    about_config = "YAML file with any of the options below; MiniGPT's own are found from any folder"
+    parser.add_argument("--config", action="config", help=about_config)
     parser.add_class_arguments(options, as_positional=positional, fail_untyped=False)
     fields = typing.get_type_hints(options)
     expanded = _expand(arguments, fields)
@@ -182,6 +185,8 @@ def parse_options(
         raise UserError(_explain(str(error), fields, program)) from error
     values = {f.name: parsed[f.name] for f in dataclasses.fields(options) if f.name in parsed}
     values |= {name: text for name, text in _texts(expanded, fields).items() if values.get(name, "") is None}
+    for name in filter(values.get, MAY_BE_SHIPPED):
+        values[name] = type(values[name])(_shipped(values[name]))
     return options(**{name: _plain(value, fields[name]) for name, value in values.items()})
 
 
@@ -190,6 +195,14 @@ def _plain(value: Any, kind: Any) -> Any:
     if dataclasses.is_dataclass(kind) and not dataclasses.is_dataclass(value):
         return kind(**vars(value))  # type: ignore[operator]
     return value
+
+
+def _shipped(path: str | Path) -> str | Path:
+    """A file that comes with MiniGPT, called what it is called in the repository (`ds_configs/zero2.json`), wherever
+    it is installed and whatever the working directory is; another path as it is. A file of the user's goes first.
+    """
+    ours = Path(__file__).parents[1] / path
+    return ours if not os.path.exists(path) and os.path.isfile(ours) else path
 
 
 def _expand(arguments: list[str], fields: dict[str, Any]) -> list[str]:
@@ -215,6 +228,8 @@ def _expand(arguments: list[str], fields: dict[str, Any]) -> list[str]:
         while not has_value and i < len(arguments) and not arguments[i].startswith("--"):
             values.append(arguments[i])
             i += 1
+        if name == "config" and values:
+            values[0] = str(_shipped(values[0]))
         if _accepts(kind, list) and values == ["[]"]:
             expanded.append(f"--{name}=[]")
         elif _accepts(kind, list) and not value.startswith("["):
@@ -274,6 +289,9 @@ def _explain(message: str, fields: dict[str, Any], program: str | None) -> str:
             return f"unknown option {name}{did_you_mean(name, fields)}; {hint}"
         remedy = f"did you mean --{name}?" if name in fields else "a text with spaces needs quotes"
         return f"the word {word} belongs to no option, {remedy}; {hint}"
+    no_file = re.search(r'Parser key "config": File does not exist: (.+)', text)
+    if no_file:
+        return f"there is no file {no_file[1]} for --config"
     missing = re.search(r"arguments are required: ([\w, ]+)", text)
     if missing:
         names = missing[1].upper()

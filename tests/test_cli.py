@@ -16,7 +16,12 @@ import pytest
 
 from minigpt.cli import VERBS, main, parse_options
 from minigpt.errors import UserError
+from minigpt.rl.layout import choose_layout
+from minigpt.rl.options import GRPOOptions, PPOOptions
+from minigpt.trainer.train_pretrain import PretrainOptions
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "minigpt").rglob("recipes/*po_*.yaml"))
 MINIGPT = [sys.executable, "-m", "minigpt"]
 
 
@@ -180,8 +185,28 @@ def test_a_wrong_value_is_named_with_what_it_must_be(arguments, sentence):
     assert refusal("r", *arguments) == sentence
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_recipes_and_the_files_that_they_name_are_found_from_any_folder(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = parse_options(GRPOOptions if recipe.name.startswith("grpo") else PPOOptions, ["--config", str(recipe)])
+    assert options.deepspeed is None or json.loads(options.deepspeed.read_text())["zero_optimization"]["stage"] == 2
+    choose_layout(options.layout, 16)
+
+
+def test_the_users_own_file_goes_before_the_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = parse_options(PretrainOptions, ["--deepspeed", "ds_configs/zero2.json"]).deepspeed
+    assert shipped == REPOSITORY / "ds_configs" / "zero2.json"
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero2.json").write_text("{}")
+    own = parse_options(PretrainOptions, ["--deepspeed", "ds_configs/zero2.json"]).deepspeed
+    assert own == Path("ds_configs/zero2.json")
+    missing = parse_options(PretrainOptions, ["--deepspeed", "ds_configs/zero9.json"]).deepspeed
+    assert missing == Path("ds_configs/zero9.json"), "the trainer says that there is none"
+
+
 def test_a_missing_yaml_file_is_named():
-    assert "/nowhere.yaml" in refusal("r", "--config", "/nowhere.yaml")
+    assert refusal("r", "--config", "/nowhere.yaml") == "there is no file '/nowhere.yaml' for --config"
 
 
 def test_every_verb_exists_and_all_its_options_have_a_help_text():

@@ -253,3 +253,9 @@ def test_the_installed_wheel_works_outside_the_checkout(installed):
     places = run_installed(installed, "-c", program).stdout.split()
     assert len(places) == 3
     assert all(Path(place).is_relative_to(installed) for place in places)
+
+
+def test_recipes_of_the_installed_wheel_are_found_outside_the_checkout(installed):
+    recipe = ("--config", "minigpt/rl/recipes/grpo_2x8gpu.yaml", "--init", "none")
+    begun = run_installed(installed, "-m", "minigpt.cli", "train", "grpo", *recipe)
+    assert begun.stderr.startswith("error: --init none holds no model"), "what is looked at after --deepspeed"

@@ -140,7 +140,10 @@ def prepare_data(stage: Stage, options: TrainOptions, processes: Processes, vali
 def _check_paths(stage: Stage, options: TrainOptions) -> None:
     """Find out now what would otherwise be found out after the data is packed."""
     if options.deepspeed is not None and not options.deepspeed.exists():
-        raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; the shipped ones are in ds_configs/")
+        raise UserError(
+            f"no DeepSpeed configuration at {options.deepspeed}; MiniGPT's own are ds_configs/zero0.json, zero1.json, "
+            "zero2.json, zero3.json and zero3_offload.json"
+        )
     if options.init is not None:
         model_folder(options.init)
 
