@@ -3,8 +3,8 @@
     python benchmarks/rl.py [--parts publish overlap memory] [--rounds 7] [--json FILE] [--markdown FILE]
 
 publish: seconds from the policy's weights to a sampler that answers with them, at ZeRO stages 0 to 3 and by both
-transports, against copying the same tensors within a process by one thread. What the sampler does with the new weights
-for its kernels (`Engine.refresh`) is timed in the sampler and taken off: it is no transport, and would follow any.
+transports, against copying the same tensors within a process by one thread. A part of it is what the sampler does with
+the new weights for its kernels (`Engine.refresh`), which it times itself.
 
 overlap: seconds of a GRPO step with `--overlap 0` and `1`, policy and samplers with one thread each. With g seconds of
 sampling and t of all the rest, both without overlap, a step of g + t can become max(g, t), so (g + t) / max(g, t) is
@@ -159,7 +159,7 @@ def publish_at(stage: int, arguments: argparse.Namespace, init: Path) -> dict[st
                 passed = time.perf_counter() - started
                 (kernels,) = sampler.wait([sampler.one(0, "kernel_seconds")], "look at its clock")
                 prepared.append(kernels)
-                return passed - kernels
+                return passed
 
             return deliver
 
@@ -205,11 +205,11 @@ def _interleaved(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def publishing_table(found: dict[int, dict[str, Any]], ranks: int) -> str:
-    """Markdown: milliseconds without the kernels' preparation, and how many copies they are worth."""
+    """Markdown: milliseconds, how many copies they are worth, and what of them the kernels' preparation took."""
     lines = [
         f"Publishing and loading, a policy of {ranks} rank(s):",
         "",
-        "| ZeRO | MB | copy, ms | kernels, ms | object store, ms | / copy | broadcast, ms | / copy |",
+        "| ZeRO | MB | copy, ms | object store, ms | / copy | broadcast, ms | / copy | of it kernels, ms |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for stage, seconds in found.items():
@@ -218,7 +218,7 @@ def publishing_table(found: dict[int, dict[str, Any]], ranks: int) -> str:
             ratios = [moved / copied for moved, copied in zip(seconds[transport], seconds["copy"], strict=True)]
             cells += [f"{1e3 * statistics.median(seconds[transport]):.0f}", _range(ratios)]
         copy, kernels = (f"{1e3 * statistics.median(seconds[name]):.0f}" for name in ("copy", "kernels"))
-        lines.append(f"| {stage} | {seconds['bytes'] / 1e6:.0f} | {copy} | {kernels} | {' | '.join(cells)} |")
+        lines.append(f"| {stage} | {seconds['bytes'] / 1e6:.0f} | {copy} | {' | '.join(cells)} | {kernels} |")
     return "\n".join(lines)
 
 

@@ -33,12 +33,11 @@ class Decoder:
     """The weights of a model, prepared for `rows` tokens a step, and the forward pass over them.
 
     Args:
-        model: A MiniGPT, with or without LoRA layers, or another network on the same transformer; it is only read.
+        model: A MiniGPT, with or without LoRA layers, or another network on the same transformer; it is only read, when
+            the first tokens come and at `refresh`.
         max_length: Positions from 0 to this are computed.
         rows: Tokens that a step has as a rule.
 
-    Attributes:
-        places: Addresses of all that a step reads, but for weights in oneDNN's layout.
     """
 
     def __init__(self, model: DecoderModel, max_length: int, rows: int) -> None:
@@ -55,7 +54,6 @@ class Decoder:
         self.cos_T1D, self.sin_T1D = torch.cat((cos_T1D, cos_T1D), -1), torch.cat((-sin_T1D, sin_T1D), -1)
         self.layers: list[_Layer] = []
         self.head: _Product | None = None
-        self.refresh()
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -94,14 +92,25 @@ class Decoder:
             self.head = product
         tensors = [self.embedding_VE, self.final_norm, *([] if self.head is None else self.head.tensors)]
         tensors += [tensor for layer in self.layers for tensor in layer.tensors]
-        self.places = tuple(tensor.data_ptr() for tensor in tensors)
+        self._places = tuple(tensor.data_ptr() for tensor in tensors)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Addresses of all that a step reads, but for weights in oneDNN's layout."""
+        self._prepare()
+        return self._places
 
     def forget(self) -> None:
-        """Free what `refresh` prepares."""
+        """Free what `refresh` prepares; the weights are read again when the next tokens come."""
         self.layers, self.head = [], None
+
+    def _prepare(self) -> None:
+        if not self.layers:
+            self.refresh()
 
     def hidden(self, ids_N: torch.Tensor, positions_N: torch.Tensor, attend: Attend) -> torch.Tensor:
         """[N, E] behind the last norm."""
+        self._prepare()
         N, H, G, D = len(ids_N), self.num_heads, self.num_kv_heads, self.head_dim
         x_NE = F.embedding(ids_N, self.embedding_VE)
         cos_N1D, sin_N1D = self.cos_T1D[positions_N], self.sin_T1D[positions_N]

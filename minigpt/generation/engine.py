@@ -292,8 +292,10 @@ class Engine:
     def refresh(self) -> int:
         """The same, after somebody else changed the model's weights in place."""
         self.version += 1
-        self.decoder.refresh()
-        if self._native is not None:
+        if self._native is None:
+            self.decoder.refresh()
+        else:  # which reads the short prompts too: torch's copies of the weights are made when a long one comes
+            self.decoder.forget()
             self._native.refresh()
         self._prefix.clear()
         with torch.inference_mode():

@@ -60,8 +60,35 @@ struct Row {
 // W: the weights are packed in vectors of that length.
 extern "C" int vector_width() { return W; }
 
-// By tiles the rows are rounded to bfloat16, as torch does it, and a panel holds pairs: a word is weights k and k + 1 of a
-// column.
+// A weight matrix as panels. rows: K weights of each column, null where there is none; out: [panels, K, COLUMNS], aligned to
+// 64 bytes. In bfloat16 two weights are a word: k and k + 1 of a column for tiles, else k of a column of either half.
+extern "C" void pack(const void* const* rows, int64_t panels, int64_t K, int bf16_weights, void* out, int threads) {
+    const int64_t width = bf16_weights ? K / 2 : K;  // words of a row
+    const bool pairs = bf16_weights && !has_tiles();
+    // W words, from word k on, of each of W rows, as columns
+    auto columns = [&](int64_t row, int64_t k, words (&found)[W]) {
+        for (int i = 0; i < W; i++) {
+            found[i] = words{};
+            if (rows[row + i]) std::memcpy(&found[i], (const uint32_t*)rows[row + i] + k, sizeof found[i]);
+        }
+        transpose(found);
+    };
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t p = 0; p < panels; p++) {
+        uint32_t* to = (uint32_t*)out + p * width * COLUMNS;
+        for (int64_t k = 0; k < width; k += W, to += W * COLUMNS) {
+            words left[W], right[W];
+            columns(p * COLUMNS, k, left), columns(p * COLUMNS + W, k, right);
+            for (int i = 0; i < W; i++) {
+                const words low = (left[i] & 0xffff) | right[i] << 16, high = left[i] >> 16 | (right[i] & 0xffff0000u);
+                stream(to + i * COLUMNS, pairs ? low : left[i]), stream(to + i * COLUMNS + W, pairs ? high : right[i]);
+            }
+        }
+        end_stream();
+    }
+}
+
+// By tiles the rows are rounded to bfloat16, as torch does it, and a panel holds pairs.
 constexpr int TILED_ROWS = 2 * TILE;
 #if TILES
 // The products of up to TILED_ROWS rows; there must be memory behind the last one of x for so many.

@@ -81,7 +81,8 @@ class NativeDecoder:
         compiled = library()
         assert compiled is not None
         self._library, self._decoder = compiled, decoder
-        self._kept: list[torch.Tensor] = []  # what the addresses in `_network` point to
+        self._kept: list[torch.Tensor] = []  # what the addresses in `_network` point to, besides
+        self._packs: list[torch.Tensor] = []  # which stay where they are: new memory takes longer to get than to fill
         self._vector, self._panel = vector(), 2 * vector()
         self.vocab_size = decoder.model.config.vocab_size
         self._stride = -(-self.vocab_size // self._panel) * self._panel
@@ -113,14 +114,14 @@ class NativeDecoder:
 
     def forget(self) -> None:
         """Free what `refresh` prepares."""
-        self._kept, self.logits_BV = [], torch.zeros(0)
+        self._kept, self._packs, self.logits_BV = [], [], torch.zeros(0)
 
     @torch.inference_mode()
     def refresh(self) -> None:
         """Read the weights of the model again, after they changed."""
         decoder, transformer = self._decoder, self._decoder.model.model
         config = decoder.model.config
-        self._kept = []
+        self._kept, self._filled = [], 0
         if not len(self.logits_BV):
             with torch.inference_mode(False):  # or nobody could write into it elsewhere
                 self.logits_BV = torch.zeros(self._slots, self._stride)[:, : self.vocab_size]
@@ -129,18 +130,17 @@ class NativeDecoder:
             attention, mlp = cast("Attention", block.self_attn), cast("FeedForward", block.mlp)
             heads = [attention.q_proj, attention.k_proj, attention.v_proj]
             layer.input_norm = self._floats(norm_weight(block.input_layernorm))
-            layer.qkv = self._packed(torch.cat([adapted_weight(p) for p in heads]))
+            layer.qkv = self._packed([adapted_weight(p) for p in heads])
             if config.attention_bias:
                 bias = torch.cat([cast("torch.Tensor", p.bias) for p in heads])
                 layer.qkv_bias = self._floats(F.pad(bias, (0, -len(bias) % self._panel)))
             if config.qk_norm:
                 layer.q_norm = self._floats(norm_weight(attention.q_norm))
                 layer.k_norm = self._floats(norm_weight(attention.k_norm))
-            layer.out = self._packed(adapted_weight(attention.o_proj))
+            layer.out = self._packed([adapted_weight(attention.o_proj)])
             layer.mlp_norm = self._floats(norm_weight(block.post_attention_layernorm))
-            gate, up = (adapted_weight(p).unflatten(0, (-1, self._vector)) for p in (mlp.gate_proj, mlp.up_proj))
-            layer.gate_up = self._packed(torch.cat((gate, up), dim=1).flatten(0, 1))
-            layer.down = self._packed(adapted_weight(mlp.down_proj))
+            layer.gate_up = self._packed([adapted_weight(p) for p in (mlp.gate_proj, mlp.up_proj)], alternate=True)
+            layer.down = self._packed([adapted_weight(mlp.down_proj)])
         self._network = _Network(
             layers=config.num_hidden_layers,
             E=config.hidden_size,
@@ -156,7 +156,7 @@ class NativeDecoder:
             embedding=self._address(transformer.embed_tokens.weight.detach()),
             layer=layers,
             final_norm=self._floats(norm_weight(transformer.norm)),
-            head=self._packed(adapted_weight(cast("torch.nn.Linear", decoder.model.lm_head))),
+            head=self._packed([adapted_weight(cast("torch.nn.Linear", decoder.model.lm_head))]),
         )
 
     def _address(self, tensor: torch.Tensor) -> int:
@@ -166,16 +166,24 @@ class NativeDecoder:
     def _floats(self, tensor: torch.Tensor) -> int:
         return self._address(tensor.detach().float())
 
-    def _packed(self, weight_NK: torch.Tensor) -> int:
-        """[N, K] → [panels, K, columns of a panel]; the last panel is filled up with zeros. In bfloat16 two numbers are
-        one word: for tiles two neighbours of a column, otherwise one of each half of the panel."""
-        panels = F.pad(weight_NK, (0, 0, 0, -len(weight_NK) % self._panel)).unflatten(0, (-1, self._panel))
-        if weight_NK.dtype == torch.bfloat16:
-            if self._library.has_tiles():
-                panels = panels.contiguous().view(torch.int32)
-            else:
-                panels = panels.unflatten(1, (2, self._vector)).transpose(1, 2).flatten(1, 2)
-        return self._address(panels.transpose(1, 2))
+    def _packed(self, weights: Sequence[torch.Tensor], alternate: bool = False) -> int:
+        """[N, K] each, one above the other, as `pack` there lays them out; or W rows of each in turn."""
+        weights = [weight.contiguous() for weight in weights]
+        K, dtype = weights[0].shape[1], weights[0].dtype
+        rows = [w.data_ptr() + np.arange(len(w), dtype=np.int64) * K * dtype.itemsize for w in weights]
+        together = np.stack([r.reshape(-1, self._vector) for r in rows], axis=1) if alternate else np.concatenate(rows)
+        panels = -(-together.size // self._panel)
+        table = np.zeros(panels * self._panel, dtype=np.int64)
+        table[: together.size] = together.reshape(-1)
+        if self._filled == len(self._packs):
+            self._packs.append(torch.empty(len(table) * K, dtype=dtype))
+        packed = self._packs[self._filled].data_ptr()
+        self._filled += 1
+        self._library.pack(
+            *(c_void_p(table.ctypes.data), c_int64(panels), c_int64(K), c_int(dtype == torch.bfloat16)),
+            *(c_void_p(packed), c_int(torch.get_num_threads())),
+        )
+        return packed
 
     def decode(self, rows: np.ndarray, cache: KVCache) -> None:
         """Takes tokens into the cache; writes the rows of `logits_BV` whose slots have a token that is heard.

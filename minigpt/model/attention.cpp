@@ -278,20 +278,6 @@ static inline words halves_zipped(words a, std::integer_sequence<int, I...>) {
 }
 static inline words halves_zipped(words a) { return halves_zipped(a, std::make_integer_sequence<int, 2 * W>()); }
 
-// Rows to columns: W / 2 apart, then W / 4 …, two rows exchange what belongs to the other.
-template <int S, int... I>
-static inline void exchange(words& a, words& b, std::integer_sequence<int, I...>) {
-    const words first = __builtin_shufflevector(a, b, (I & S ? I - S + W : I)...);
-    b = __builtin_shufflevector(a, b, (I & S ? I + W : I + S)...), a = first;
-}
-template <int S = W / 2>
-static inline void transpose(words (&rows)[W]) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++)
-        if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, W>());
-    if constexpr (S > 1) transpose<S / 2>(rows);
-}
-
 // A document's tokens as columns: [tokens / PANEL][width / 2][PANEL] pairs of channels.
 static void pack_tokens(const Heads& x, int64_t start, int64_t L, int64_t head, int64_t D, int64_t width, bf16* to) {
     for (int64_t t = 0; t < round_up(L, PANEL); t += TILE)

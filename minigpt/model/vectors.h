@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 // W: floats that are computed together, those of one register; GCC turns longer vectors into scalar code in places.
 // ROWS: rows that are multiplied by a panel together; their 2 ROWS sums must fit into the registers, of which there are 32
@@ -45,6 +48,22 @@ static inline void store(bf16* to, vec v) {
     std::memcpy(to, &h, sizeof h);
 }
 
+// Past the caches, for what is read much later; whole vectors to places aligned like them. Behind the end others see it.
+static inline void stream(uint32_t* to, words v) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)to, (__m512i)v);
+#elif defined(__AVX__)
+    _mm256_stream_si256((__m256i*)to, (__m256i)v);
+#else
+    std::memcpy(to, &v, sizeof v);
+#endif
+}
+static inline void end_stream() {
+#ifdef __AVX__
+    _mm_sfence();
+#endif
+}
+
 // COLUMNS weights of a panel. In bfloat16, but for tiles, weight i of the left half stands beside weight i of the right one.
 static inline void load_both(const float* from, vec& left, vec& right) { left = load(from), right = load(from + W); }
 static inline void load_both(const bf16* from, vec& left, vec& right) {
@@ -68,6 +87,20 @@ static inline vec sums_of(Make make, int first = 0) {
         vec a = sums_of<N / 2>(make, first), b = sums_of<N / 2>(make, first + N / 2);
         return add_neighbours(a, b, std::make_integer_sequence<int, W>());
     }
+}
+
+// Rows to columns: W / 2 apart, then W / 4 …, two rows exchange what belongs to the other.
+template <int S, int... I>
+static inline void exchange(words& a, words& b, std::integer_sequence<int, I...>) {
+    const words first = __builtin_shufflevector(a, b, (I & S ? I - S + W : I)...);
+    b = __builtin_shufflevector(a, b, (I & S ? I + W : I + S)...), a = first;
+}
+template <int S = W / 2>
+static inline void transpose(words (&rows)[W]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, W>());
+    if constexpr (S > 1) transpose<S / 2>(rows);
 }
 
 static inline float sum(vec v) {

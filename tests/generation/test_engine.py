@@ -373,6 +373,20 @@ def test_new_weights_between_two_tokens_make_all_that_older_ones_computed_unreac
     assert later.completions[0].ids == greedy(new, [*shared, 1, 2], 20)
 
 
+def test_torch_reads_weights_when_a_long_prompt_comes_and_then_the_newest(make_model):
+    """Copies of all weights for prompts that never come would cost their memory and, at every load, their time."""
+    engine, models = Engine(make_model(seed=0), slots=2), [make_model(seed=seed) for seed in (0, 1, 2)]
+    short, long = prompts_of([10, engine_module.SHORT_PROMPT + 1])
+    params = SamplingParams(max_new_tokens=5, temperature=0)
+    for prompt, model in ((short, models[0]), (short, models[1]), (long, models[1]), (long, models[2])):
+        if model is not models[engine.version]:
+            engine.load_weights(dict(model.named_parameters()))
+        request = engine.submit(prompt, params)
+        run(engine)
+        assert request.completions[0].ids == greedy(model, prompt, 5)
+        assert bool(engine.decoder.layers) == (prompt is long or engine._native is None)
+
+
 def test_good_weights_behind_broken_ones_find_nothing_of_them_in_the_cache(make_model, computed_by):
     """NaN keys and values of a diverged policy must not reach who gets the slots later, not even times a weight 0."""
     model, prompts = make_model(), prompts_of([5, 9, 30])
