@@ -1,6 +1,7 @@
 """From nothing to a model that chats and thinks, in minutes: the whole road once, on the embedded micro-world.
 
-    generate → pack → pretrain → SFT → reasoning → GRPO, or more reasoning → LoRA → held-out questions → chat → report
+    generate → pack → pretrain → SFT → held-out questions → reasoning → GRPO, or more reasoning → LoRA
+        → held-out questions → chat → report
 
 Every step is the same code that the other commands run; this file only chooses a recipe that fits the machine and
 tells what happened.
@@ -57,6 +58,8 @@ ROAD = {
     "lora": Leg("to be somebody else: a small adapter, the model stays frozen", "reason", "persona", "sft"),
 }
 """The stages in order."""
+TO_CHAT = ("pretrain", "sft")
+"""Those of the first road, behind which the model chats."""
 
 
 @dataclass
@@ -125,16 +128,25 @@ def quickstart(options: QuickstartOptions) -> None:
     folder = options.output
     if options.overwrite:
         _clear(folder)
+    begun = _check_begun(options)
     if (folder / "summary.json").exists():
         _show(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
         print(f"\n(this is the finished quickstart in {folder}; --overwrite runs it again)")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    probe, name, recipe = _choose(options)
+    probe, name, recipe = _choose(options, begun)
     _announce(probe, name, recipe)
     data = _prepare_data(folder, options.seed, recipe.world)
-    summaries = _train(folder, options, name, data)
-    heldout, replies = _ask_heldout(folder, data)
+    heldout, replies = _look_ups(data), Replies()
+    summaries = _train(folder, options, name, data, TO_CHAT)
+    _ask_heldout(folder, data, TO_CHAT, heldout, replies)
+    _greet(folder, heldout)
+    seconds_to_chat = time.monotonic() - started
+    later = tuple(stage for stage in ROAD if stage not in TO_CHAT)
+    summaries |= _train(folder, options, name, data, later)
+    place = len(ROAD) + 2
+    print(f"\n[{place}/{place + 1}] held-out questions: people, facts and sums that were never trained on", flush=True)
+    _ask_heldout(folder, data, later, heldout, replies)
     persona = _ask_captain(folder, data, replies["reason", "questions"])
     samples = _chat_samples(folder, data)
     summary = {
@@ -145,6 +157,8 @@ def quickstart(options: QuickstartOptions) -> None:
         "persona": persona,
         "samples": samples,
         "seconds": time.monotonic() - started,
+        "seconds_to_chat": seconds_to_chat,
+        "resumed": begun is not None,
         "hardware": summaries["sft"]["hardware"],
         "failures": _failures(data, replies),
         "grpo": {key: summaries["grpo"][key] for key in ("before", "after", "steps", "seconds")},
@@ -167,41 +181,44 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _choose(options: QuickstartOptions) -> tuple[Probe, str, Recipe]:
+def _choose(options: QuickstartOptions, begun: str | None) -> tuple[Probe, str, Recipe]:
     from minigpt.observe.hardware import probe_machine
 
     probe = probe_machine(1.0)
-    name = _preset(options, probe.kind)
+    name = begun or (probe.kind if options.preset == "auto" else options.preset)
     if name == "gpu" and probe.device != "cuda":
         raise UserError("the preset gpu needs a GPU and torch sees none; choose another --preset, in another --output")
     return probe, name, RECIPES[name]
 
 
-def _preset(options: QuickstartOptions, kind: str) -> str:
-    """The preset asked for, else the one that was begun with, else that of this kind of machine.
+def _check_begun(options: QuickstartOptions) -> str | None:
+    """The preset that the quickstart in this folder was begun with; None where there is none.
 
-    Errors: UserError when the folder holds stages of another one.
+    Errors: UserError when it was begun with another preset or seed than is asked for now.
     """
     begun = _begun_with(options.output)
-    if options.preset == "auto":
-        return begun or kind
-    if begun not in (None, options.preset):
+    if begun is None:
+        return None
+    preset, seed = begun
+    if options.preset not in ("auto", preset) or options.seed != seed:
         raise UserError(
-            f"the quickstart in {options.output} was begun with --preset {begun}, and its stages belong together: "
-            "leave --preset out to go on with it, or start anew with --overwrite"
+            f"the quickstart in {options.output} was begun with --preset {preset} --seed {seed}, and its stages belong "
+            "together: give these to go on with it or to see its result, or another --output, or start anew with "
+            "--overwrite"
         )
-    return options.preset
+    return preset
 
 
-def _begun_with(folder: Path) -> str | None:
-    """The preset of an earlier start in this folder; None when it did not get to the first stage."""
+def _begun_with(folder: Path) -> tuple[str, int] | None:
+    """Preset and seed of an earlier start in this folder; None when it did not get to the first stage."""
     import yaml
 
     try:
-        recipe = yaml.safe_load((folder / "pretrain" / "config.yaml").read_text(encoding="utf-8"))["recipe"]
+        config = yaml.safe_load((folder / "pretrain" / "config.yaml").read_text(encoding="utf-8"))
+        recipe, seed = config["recipe"], config["seed"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return None
-    return next((name for name in RECIPES if recipe == f"quickstart-{name}-pretrain"), None)
+    return next(((name, seed) for name in RECIPES if recipe == f"quickstart-{name}-pretrain"), None)
 
 
 def _announce(probe: Probe, name: str, recipe: Recipe) -> None:
@@ -244,8 +261,10 @@ def _prepare_data(folder: Path, seed: int, world: Literal["tiny", "small", "quic
     return files
 
 
-def _train(folder: Path, options: QuickstartOptions, preset: str, data: dict[str, Path]) -> dict[str, Any]:
-    """Every stage of the road; the summary of each."""
+def _train(
+    folder: Path, options: QuickstartOptions, preset: str, data: dict[str, Path], stages: Sequence[str]
+) -> dict[str, Any]:
+    """These stages of the road; the summary of each."""
     from minigpt.rl.run import train as train_by_reward
     from minigpt.trainer.loop import train
     from minigpt.trainer.train_full_sft import SFT, SFTOptions
@@ -263,6 +282,8 @@ def _train(folder: Path, options: QuickstartOptions, preset: str, data: dict[str
     recipe = RECIPES[preset]
     summaries: dict[str, Any] = {}
     for number, (name, leg) in enumerate(ROAD.items(), start=2):
+        if name not in stages:
+            continue
         print(f"\n[{number}/{len(ROAD) + 3}] {name}: {leg.teaches}", flush=True)
         if name == "grpo":
             summaries[name] = train_by_reward(_grpo_options(folder, options, preset, data), "grpo")
@@ -324,6 +345,8 @@ def _compiles(options: TrainOptions) -> bool | None:
     return compile_wanted(options, torch.device("cpu"), math.inf)
 
 
+Heldout = dict[str, dict[str, Any]]
+"""By task: how many questions, what a look-up answers of them, and the accuracy after each stage that was asked."""
 Replies = dict[tuple[str, str], list[str]]
 """What the model of a stage said to the questions of a task, by both names."""
 # A held-out task: its file, whether thinking is switched on or off, tokens of the longest reply, and which stages
@@ -335,39 +358,51 @@ TASKS: dict[str, tuple[str, bool | None, int, tuple[str, ...]]] = {
 }
 
 
-def _ask_heldout(folder: Path, data: dict[str, Path]) -> tuple[dict[str, Any], Replies]:
-    """Accuracy on the held-out questions after each stage, beside a look-up of the nearest training question."""
-    from minigpt.evaluation.exact_answer import ExactAnswer, ModelAnswers
+def _look_ups(data: dict[str, Path]) -> Heldout:
+    """What the answers to the nearest training questions are worth: what every model is measured against."""
+    from minigpt.evaluation.answers import read_prompt_records
     from minigpt.evaluation.nearest_neighbour import nearest_neighbour_baseline
-    from minigpt.generation.load import load_for_inference
-    from minigpt.observe.progress import progress_bar
 
-    place = len(ROAD) + 2
-    print(f"\n[{place}/{place + 1}] held-out questions: people, facts and sums that were never trained on", flush=True)
     known = [
         json.loads(line)
         for name in ("sft", "hasty", "reason")
         for line in data[name].read_text(encoding="utf-8").splitlines()
     ]
-    models = {stage: load_for_inference(folder / stage) for stage in TASKS["questions"][3]}
-    look_ups: dict[str, float] = {}
-    results: dict[str, Any] = {}
-    replies: Replies = {}
+    records = {file: read_prompt_records(data[file]) for file, *_ in TASKS.values()}
+    look_ups = {file: nearest_neighbour_baseline(known, asked).value for file, asked in records.items()}
+    return {name: {"n": len(records[file]), "nearest_neighbour": look_ups[file]} for name, (file, *_) in TASKS.items()}
+
+
+def _ask_heldout(folder: Path, data: dict[str, Path], asked: Sequence[str], heldout: Heldout, replies: Replies) -> None:
+    """Ask the models of these stages the held-out questions; adds to `heldout` and `replies`."""
+    from minigpt.evaluation.exact_answer import ExactAnswer, ModelAnswers
+    from minigpt.generation.load import load_for_inference
+    from minigpt.observe.progress import progress_bar
+
+    models = {stage: load_for_inference(folder / stage) for stage in TASKS["questions"][3] if stage in asked}
     for name, (file, thinking, longest, stages) in TASKS.items():
         task = ExactAnswer.from_file(data[file])
-        if file not in look_ups:
-            look_ups[file] = nearest_neighbour_baseline(known, task.records).value
-        result: dict[str, Any] = {"n": len(task.records), "nearest_neighbour": look_ups[file]}
-        for stage in stages:
+        for stage in (stage for stage in stages if stage in models):
             model, encoder = models[stage]
             with progress_bar() as report:
                 progress = partial(_report_done, report, f"{name} after {stage}", len(task.records))
                 outcome = task(ModelAnswers(model, encoder, longest, thinking, progress=progress))
-            result[f"after_{stage}"] = outcome.accuracy.value
-            result["interval"] = list(outcome.accuracy.interval())
+            heldout[name][f"after_{stage}"] = outcome.accuracy.value
+            heldout[name]["interval"] = list(outcome.accuracy.interval())
             replies[stage, name] = outcome.replies
-        results[name] = result
-    return results, replies
+
+
+def _greet(folder: Path, heldout: Heldout) -> None:
+    """Show that the fine-tuned model chats."""
+    from minigpt.evaluation.exact_answer import ModelAnswers
+    from minigpt.generation.load import load_for_inference
+
+    answers = ModelAnswers(*load_for_inference(folder / "sft"), 48)
+    right = _share(heldout["questions"]["after_sft"])
+    print(f"\n      it chats, and answers {right} of the held-out questions:", flush=True)
+    replies = answers([[{"role": "user", "content": text}] for text in GREETINGS])
+    for text, reply in zip(GREETINGS, replies, strict=True):
+        print(f"      {text} → {reply}", flush=True)
 
 
 def _read_stories(folder: Path, data: dict[str, Path]) -> float:
@@ -455,7 +490,7 @@ def _chat_samples(folder: Path, data: dict[str, Path]) -> list[dict[str, str]]:
     return samples
 
 
-def _stage_rows(summaries: dict[str, Any], heldout: dict[str, Any]) -> list[dict[str, Any]]:
+def _stage_rows(summaries: dict[str, Any], heldout: Heldout) -> list[dict[str, Any]]:
     rows = []
     for stage, summary in summaries.items():
         accuracies = {name.replace(" ", "_"): task.get(f"after_{stage}") for name, task in heldout.items()}
@@ -529,7 +564,7 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
             console.print(f"         [dim](never trained on; right is: {escape(sample['right_answer'])})[/dim]")
     run = folder / "reason"
     console.print(
-        f"\n{summary['seconds'] / 60:.1f} minutes in all; report with curves: {folder / 'report.md'}\n\n"
+        f"\n{_how_long(summary)}; report with curves: {folder / 'report.md'}\n\n"
         "What to try next\n"
         f"  minigpt chat {run}                   talk to it (try: 请算一算 38 加 47。)\n"
         f"  minigpt chat {folder / 'lora'}                     the same model with its adapter\n"
@@ -544,7 +579,7 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
 GOAL, LOOK_UP_LIMIT = 0.85, 0.20
 
 
-def _remarks(heldout: dict[str, Any]) -> list[str]:
+def _remarks(heldout: Heldout) -> list[str]:
     """A sentence for each result that is not as it should be; but sums at once are meant to fail without thinking."""
     remarks = []
     for name in ("questions", "sums with thinking"):
@@ -575,6 +610,16 @@ def _what_rewards_did(summary: dict[str, Any]) -> str:
         f"{grpo:.1%}, with answers of {after:.0f} instead of {before:.0f} tokens{found_out}. Careful examples instead "
         f"({seconds['reason']:.0f} s): {shown:.1%}."
     )
+
+
+def _how_long(summary: dict[str, Any]) -> str:
+    """Minutes in all, and until the fine-tuned model had answered the held-out questions and chatted."""
+    told = f"{summary['seconds'] / 60:.1f} minutes in all"
+    if summary.get("resumed"):
+        told += " since it was started again"
+    elif (seconds := summary.get("seconds_to_chat")) is not None:  # runs of before do not know
+        told += f", {seconds / 60:.1f} of them from nothing to a model that chats"
+    return told
 
 
 def _share(value: float | None) -> str:

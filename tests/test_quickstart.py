@@ -13,7 +13,6 @@ import yaml
 
 from minigpt import quickstart
 from minigpt.cli import main
-from minigpt.errors import UserError
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.setup import compute_dtype
 from minigpt.trainer.train_pretrain import PretrainOptions
@@ -58,22 +57,48 @@ def test_a_gpu_without_bf16_units_trains_in_fp32(capability, dtype, tmp_path, mo
     assert [compute_dtype(options, torch.device("cuda")) for options in chosen] == [dtype] * 3
 
 
-def test_an_interrupted_quickstart_goes_on_with_its_preset_and_no_other(tmp_path, monkeypatch):
-    """Its stages would be of two recipes, with nobody to tell."""
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("asked", [("--preset", "cpu-bf16"), ("--preset", "fp32", "--seed", "1"), ("--seed", "1")])
+def test_a_quickstart_of_other_settings_is_not_gone_on_with_nor_shown(asked, finished, tmp_path, monkeypatch, capsys):
+    """Its stages would be of two recipes, or a result would be shown that was not asked for, with nobody to tell."""
+    monkeypatch.setattr(quickstart, "_choose", lambda *_: pytest.fail("it goes on"))
     (tmp_path / "pretrain").mkdir()
-    began = {"stage": "pretrain", "recipe": "quickstart-fp32-pretrain"}
+    began = {"stage": "pretrain", "recipe": "quickstart-fp32-pretrain", "seed": 0}
     (tmp_path / "pretrain" / "config.yaml").write_text(yaml.safe_dump(began))
-    with pytest.raises(UserError, match=r"begun with --preset fp32, .* --overwrite") as refused:
-        quickstart._preset(quickstart.QuickstartOptions(tmp_path, preset="cpu-bf16"), "cpu-bf16")
-    assert "\n" not in str(refused.value)
+    if finished:
+        (tmp_path / "summary.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        main(["quickstart", "--output", str(tmp_path), *asked])
+    assert ended.value.code == 1
+    out, error = capsys.readouterr()
+    assert not out
+    (sentence,) = error.splitlines()
+    assert sentence.startswith(f"error: the quickstart in {tmp_path} was begun with --preset fp32 --seed 0")
+    assert "another --output" in sentence
+    assert "--overwrite" in sentence
+    assert sorted(tmp_path.rglob("*")) == before, "refused before anything is made"
+
+
+def test_an_interrupted_quickstart_goes_on_with_its_preset(tmp_path):
+    (tmp_path / "pretrain").mkdir()
+    began = {"stage": "pretrain", "recipe": "quickstart-fp32-pretrain", "seed": 2}
+    (tmp_path / "pretrain" / "config.yaml").write_text(yaml.safe_dump(began))
     for preset in ("auto", "fp32"):
-        assert quickstart._preset(quickstart.QuickstartOptions(tmp_path, preset=preset), "cpu-bf16") == "fp32"
-    for preset, chosen in (("auto", "cpu-bf16"), ("fp32", "fp32")):
-        assert quickstart._preset(quickstart.QuickstartOptions(tmp_path / "new", preset=preset), "cpu-bf16") == chosen
-    (tmp_path / "microworld").mkdir()
-    with pytest.raises(SystemExit):
-        main(["quickstart", "--output", str(tmp_path), "--preset", "cpu-bf16"])
-    assert not list((tmp_path / "microworld").iterdir()), "refused before anything is made"
+        assert quickstart._check_begun(quickstart.QuickstartOptions(tmp_path, preset, seed=2)) == "fp32"
+    assert quickstart._check_begun(quickstart.QuickstartOptions(tmp_path / "new", "fp32", seed=2)) is None
+
+
+@pytest.mark.parametrize(
+    ("known", "told"),
+    [
+        ({}, ""),
+        ({"seconds_to_chat": 258.0, "resumed": False}, ", 4.3 of them from nothing to a model that chats"),
+        ({"seconds_to_chat": 258.0, "resumed": True}, " since it was started again"),
+    ],
+)
+def test_how_long_it_took_is_said_of_what_was_measured(known, told):
+    assert quickstart._how_long({"seconds": 492.0, **known}) == "8.2 minutes in all" + told
 
 
 def heldout(questions: float, look_up: float = 0.065, thinking: float = 0.99) -> dict:
@@ -110,6 +135,11 @@ def test_it_goes_the_whole_road_once_and_shows_it_again(tmp_path, monkeypatch, c
     told = capsys.readouterr().out
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert [row["stage"] for row in summary["stages"]] == list(quickstart.ROAD)
+    chats, thinks = told.index("it chats, and answers 0.0% of the held-out questions"), told.index("reason_start:")
+    assert told.index("sft:") < chats < thinks
+    later = sum(row["seconds"] for row in summary["stages"] if row["stage"] not in ("pretrain", "sft"))
+    assert 0 < summary["seconds_to_chat"] < summary["seconds"] - later
+    assert "of them from nothing to a model that chats" in " ".join(told.split())
     for stage, leg in quickstart.ROAD.items():
         started_from = json.loads((folder / stage / "summary.json").read_text())["init"]
         assert started_from == ("random weights" if leg.after is None else f"from {folder / leg.after}")
@@ -150,10 +180,9 @@ if __name__ == "__main__":
     recipe = replace(quickstart.RECIPES["cpu-bf16"], model=model, rows=2, stages=stages)
     quickstart.RECIPES["cpu-bf16"] = recipe
     data = quickstart._prepare_data(folder, 0, "tiny")
-    road, found = quickstart.ROAD, {}
-    for stage in ("pretrain", "sft"):
-        quickstart.ROAD = {stage: road[stage]}
-        quickstart._train(folder, quickstart.QuickstartOptions(folder), "cpu-bf16", data)
+    found = {}
+    for stage in quickstart.TO_CHAT:
+        quickstart._train(folder, quickstart.QuickstartOptions(folder), "cpu-bf16", data, [stage])
         of_inductor = counters["inductor"]
         found[stage] = of_inductor["fxgraph_cache_miss"] + of_inductor["fxgraph_cache_bypass"]
     print(json.dumps(found))
