@@ -135,6 +135,7 @@ class Engine:
         self._rows: list[RunningSequence | None] = [None] * slots
         self._used = 0  # rows 0 .. _used - 1 are computed
         self._cache = self._new_cache(1)
+        self._written = 0  # tokens of a slot that something was written to, since new weights came
         self._sampling: SamplingTensors | None = None  # of the used rows; None: to be made again
         self._draws = draws_of([], 1)  # the same for `native.py`
         self._biased = False  # whether a used row has a bias
@@ -299,7 +300,8 @@ class Engine:
             self._native.refresh()
         self._prefix.clear()
         with torch.inference_mode():
-            self._cache.kv.zero_()  # a weight of 0 does not make NaN of broken weights unseen
+            self._cache.kv[..., : self._written, :].zero_()  # a weight of 0 does not make NaN of broken weights unseen
+        self._written = 0
         for sequence in (*self._rows, *self._waiting):
             if sequence is not None:
                 sequence.in_cache, sequence.decoding, sequence.request.prompt_read = 0, False, None
@@ -419,6 +421,7 @@ class Engine:
     def _reserve(self) -> None:
         """Makes the slots long enough for every token that is there."""
         longest = max(len(sequence.ids) for sequence in self._rows if sequence is not None)
+        self._written = max(self._written, longest + 1)
         if longest + 1 > self._cache.max_length:
             self._cache = self._cache.resized(self._bucket(longest + 1))
 
