@@ -182,7 +182,7 @@ def parse_options(
     try:
         parsed = parser.parse_args(expanded)
     except ArgumentError as error:
-        raise UserError(_explain(str(error), fields, program)) from error
+        raise UserError(_explain(str(error), fields, program, positional)) from error
     values = {f.name: parsed[f.name] for f in dataclasses.fields(options) if f.name in parsed}
     values |= {name: text for name, text in _texts(expanded, fields).items() if values.get(name, "") is None}
     for name in filter(values.get, MAY_BE_SHIPPED):
@@ -275,7 +275,7 @@ def _accepts(kind: Any, wanted: type) -> bool:
     return any(k is wanted or typing.get_origin(k) is wanted for k in kinds)
 
 
-def _explain(message: str, fields: dict[str, Any], program: str | None) -> str:
+def _explain(message: str, fields: dict[str, Any], program: str | None, positional: bool) -> str:
     """One sentence of jsonargparse's complaint, with the option that was probably meant."""
     text = " ".join(message.split())
     program = program or sys.argv[0]
@@ -289,13 +289,16 @@ def _explain(message: str, fields: dict[str, Any], program: str | None) -> str:
             return f"unknown option {name}{did_you_mean(name, fields)}; {hint}"
         remedy = f"did you mean --{name}?" if name in fields else "a text with spaces needs quotes"
         return f"the word {word} belongs to no option, {remedy}; {hint}"
-    no_file = re.search(r'Parser key "config": File does not exist: (.+)', text)
-    if no_file:
+    if no_file := re.search(r'Parser key "config": (?:File does not exist|Path is not a file): (.+)', text):
         return f"there is no file {no_file[1]} for --config"
-    missing = re.search(r"arguments are required: ([\w, ]+)", text)
-    if missing:
-        names = missing[1].upper()
-        return f"{names} is missing: `{program} {names}`; `{program} --help` explains it"
+    if no_yaml := re.search(r"Problems parsing config: (.*)", text):
+        return f"the file of --config is no valid YAML: {no_yaml[1]}"
+    if bare := re.match(r"argument (--\w+): expected one argument", text):
+        return f"{bare[1]} needs a value"
+    if missing := re.search(r"arguments are required: ([\w, ]+)", text):
+        names = missing[1].split(", ")
+        call = " ".join(name.upper() if positional else f"--{name} {name.upper()}" for name in names)
+        return f"`{program}` needs {call}; `{program} --help` explains it"
     wrong = re.match(r'Parser key "(\w+)": .*(?:Given value|Got value): (.*)', text)
     if wrong and wrong[1] in fields:
         return f"--{wrong[1]} is {wrong[2]}, it must be {_in_words(fields[wrong[1]])}"

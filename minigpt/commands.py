@@ -216,7 +216,7 @@ def import_hf(options: ImportOptions) -> None:
 
     if options.output.exists() and any(options.output.iterdir()):
         raise UserError(f"{options.output} is not empty; give another --output")
-    if options.folder.is_dir() and not (options.folder / "tokenizer.json").exists():
+    if (options.folder / "config.json").exists() and not (options.folder / "tokenizer.json").exists():
         raise UserError(f"{options.folder} has no tokenizer.json; add the model's tokenizer to the folder")
     output = options.output
     with _folder_made(output), tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as name:

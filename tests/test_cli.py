@@ -161,7 +161,9 @@ def test_a_word_too_many_is_told_from_an_unknown_option(arguments, word, remedy)
 
 
 def test_a_missing_word_is_named_with_where_it_goes():
-    assert refusal() == "RUN is missing: `minigpt try RUN`; `minigpt try --help` explains it"
+    assert refusal() == "`minigpt try` needs RUN; `minigpt try --help` explains it"
+    with pytest.raises(UserError, match=r"^`minigpt try` needs --run RUN; "):
+        parse_options(Options, [], "minigpt try")
 
 
 def test_an_unknown_key_of_a_yaml_file_names_the_one_that_was_meant(tmp_path):
@@ -179,6 +181,8 @@ def test_an_unknown_key_of_a_yaml_file_names_the_one_that_was_meant(tmp_path):
         (("--dtype", "fp64"), "--dtype is fp64, it must be bf16 or fp32"),
         (("--overwrite", "maybe"), "--overwrite is maybe, it must be true or false"),
         (("--data",), "--data needs at least one value"),
+        (("--max_steps", "--overwrite"), "--max_steps needs a value"),
+        (("--config",), "--config needs a value"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_it_must_be(arguments, sentence):
@@ -207,6 +211,14 @@ def test_the_users_own_file_goes_before_the_shipped_one(tmp_path, monkeypatch):
 
 def test_a_missing_yaml_file_is_named():
     assert refusal("r", "--config", "/nowhere.yaml") == "there is no file '/nowhere.yaml' for --config"
+    assert refusal("r", "--config", "/") == "there is no file '/' for --config"
+
+
+def test_a_yaml_file_with_an_open_bracket_is_told_from_a_wrong_option(tmp_path):
+    (tmp_path / "run.yaml").write_text("max_steps: 3\ndata: [a\n")
+    refused = refusal("r", "--config", str(tmp_path / "run.yaml"))
+    assert refused.startswith("the file of --config is no valid YAML: ")
+    assert "line 2" in refused
 
 
 def test_every_verb_exists_and_all_its_options_have_a_help_text():
@@ -237,7 +249,7 @@ def test_help_lists_the_flags_with_their_defaults(name, capsys):
     [
         (("chta",), 2, ("no command `minigpt chta`", "did you mean chat?")),
         (("data", "pak"), 2, ("did you mean data pack?",)),
-        (("chat",), 1, ("RUN is missing",)),
+        (("chat",), 1, ("needs RUN",)),
         (("generate", "/nowhere/run", "--prompt", "x"), 1, ("/nowhere/run",)),
         (("chat", "/nowhere/run"), 1, ("/nowhere/run",)),
         (("data", "verify", "/nowhere/data"), 1, ("/nowhere/data",)),
@@ -245,6 +257,7 @@ def test_help_lists_the_flags_with_their_defaults(name, capsys):
         (("report", "/nowhere/run"), 1, ("/nowhere/run",)),
         (("export", "/nowhere/run"), 1, ("/nowhere/run",)),
         (("import", "/nowhere/model"), 1, ("/nowhere/model",)),
+        (("import", "/"), 1, ("config.json",)),
         (("verify", "11"), 1, ("milestone 11",)),
         (("train", "pretrain", "--max_step", "1"), 1, ("max_steps",)),
     ],
