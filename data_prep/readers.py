@@ -85,7 +85,7 @@ def list_files(inputs: Sequence[Path | str]) -> list[Path]:
             if not found:
                 raise UserError(f"{path} holds no data file: files end with {', '.join(SUFFIXES)}")
         elif not path.is_file():
-            raise UserError(f"{path} does not exist: check --input")
+            raise UserError(f"{path} does not exist: check how it is written")
         for file in found:
             if file.stat().st_size == 0:
                 raise UserError(f"{file} is empty: remove it from --input, or write it again")
