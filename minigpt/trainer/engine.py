@@ -82,6 +82,27 @@ class Processes:
         if self.world_size > 1:
             torch.distributed.barrier()
 
+    @contextmanager
+    def errors_said_once(self) -> Iterator[None]:
+        """Of processes that find the same thing wrong the first one raises the UserError, the others end with status 1.
+
+        One that is alone with its error always raises it.
+        """
+        try:
+            yield
+        except UserError as error:
+            if self.world_size > 1 and not self._first_to_say(str(error)):
+                raise SystemExit(1) from None
+            raise
+
+    @staticmethod
+    def _first_to_say(sentence: str) -> bool:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        try:
+            return store.add(f"error: {sentence}", 1) == 1
+        except RuntimeError:  # rank 0, which keeps the store, has ended: it was first
+            return False
+
 
 def init_processes() -> Processes:
     """Join the process group that the launcher describes in the environment; alone when there is no launcher."""

@@ -41,16 +41,17 @@ if TYPE_CHECKING:
 def train(stage: Stage, options: TrainOptions) -> dict[str, Any]:
     """Run a stage from wherever its folder stands to exported weights; returns what summary.json holds."""
     processes = init_processes()
-    run = Run(stage.name, options, processes)
-    if (summary := run.finished_summary()) is not None:
-        return summary
-    configure_torch(options, processes)
-    run.options = options = with_init(stage, options)
-    run.open()
-    source = prepare_data(stage, options, processes)
-    model, init_weights_from = prepare_model(stage, options, source)
-    network = stage.network(model, options)
-    return Trainer(stage, options, processes, run, source.train, source.valid, network, init_weights_from).run()
+    with processes.errors_said_once():
+        run = Run(stage.name, options, processes)
+        if (summary := run.finished_summary()) is not None:
+            return summary
+        configure_torch(options, processes)
+        run.options = options = with_init(stage, options)
+        run.open()
+        source = prepare_data(stage, options, processes)
+        model, init_weights_from = prepare_model(stage, options, source)
+        network = stage.network(model, options)
+        return Trainer(stage, options, processes, run, source.train, source.valid, network, init_weights_from).run()
 
 
 @dataclass
