@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -370,10 +371,10 @@ import sys
 from pathlib import Path
 from data_prep.pack import PackOptions, pack
 if __name__ == "__main__":
-    source, output, workers = sys.argv[1:]
+    stage, source, output, workers = sys.argv[1:]
     def progress(what, done, total):
         print(what, done, flush=True)
-    pack(PackOptions("pretrain", [Path(source)], Path(output), workers=int(workers), seq_len=128, shard_mb=1), progress)
+    pack(PackOptions(stage, [Path(source)], Path(output), workers=int(workers), seq_len=128, shard_mb=1), progress)
 """
 
 
@@ -400,6 +401,46 @@ def packed(corpus, tmp_path_factory) -> dict[str, str]:
 def test_any_number_of_workers_writes_the_same_bytes(corpus, packed, tmp_path, workers):
     pack(PackOptions("pretrain", [corpus], tmp_path / "out", workers=workers, seq_len=128, shard_mb=1))
     assert tree(tmp_path / "out") == packed
+
+
+def chats(stage: str, count: int, seed: int) -> list[dict]:
+    """Records of a stage other than pretraining."""
+    records = conversations(count, turns=1, seed=seed)
+    if stage == "reason":
+        for record in records:
+            record["messages"][1]["reasoning_content"] = "Step by step."
+    if stage in ("preference", "prompt"):
+        for i, record in enumerate(records):
+            answer = record["messages"].pop()
+            if stage == "preference":
+                record |= {"chosen": [answer], "rejected": [{"role": "assistant", "content": f"no {i}"}]}
+            else:
+                record |= {"answer": str(i), "verifier": "math", "meta": {"seed": seed}}
+    return records
+
+
+@pytest.fixture(scope="module")
+def stage_corpora(tmp_path_factory) -> dict[str, tuple[Path, dict[str, str]]]:
+    """Of every stage but pretraining: four files, so four chunks, and the files that one worker makes of them."""
+    made = {}
+    for stage in ("sft", "reason", "preference", "prompt"):
+        folder = tmp_path_factory.mktemp(stage)
+        for i in range(4):
+            write_jsonl(folder / "in" / f"{i}.jsonl", chats(stage, 400, seed=i))
+        manifest = pack(PackOptions(stage, [folder / "in"], folder / "out", workers=1, seq_len=128, shard_mb=1))
+        assert all(split["shards"] for split in manifest["splits"].values())
+        assert manifest["documents"]["kept"] == 1600
+        made[stage] = folder / "in", tree(folder / "out")
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("stage", ["sft", "reason", "preference", "prompt"])
+def test_any_number_of_workers_writes_the_same_bytes_of_every_stage(stage_corpora, tmp_path, stage, workers):
+    source, expected = stage_corpora[stage]
+    pack(PackOptions(stage, [source], tmp_path / "out", workers=workers, seq_len=128, shard_mb=1))
+    assert tree(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
@@ -434,9 +475,23 @@ def test_the_size_of_chunks_of_lines_does_not_show_in_the_dataset(tmp_path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_again_and_again_it_writes_the_same_bytes(corpus, packed, tmp_path, workers):
+    moments = ("tokenize 1", "tokenize 5", "plan 0", "write shards 1", "write shards 2")
+    kill_and_go_on(moments, "pretrain", corpus, packed, tmp_path, workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "workers"), [("sft", 2), ("preference", 1)])
+def test_killed_again_and_again_it_writes_the_same_bytes_of_other_stages(stage_corpora, tmp_path, stage, workers):
+    kill_and_go_on(("tokenize 2", "write shards 1"), stage, *stage_corpora[stage], tmp_path, workers)
+
+
+def kill_and_go_on(
+    moments: Sequence[str], stage: str, source: Path, expected: dict[str, str], tmp_path: Path, workers: int
+) -> None:
+    """Pack, killed at each of these moments and started again; the result is the files that are expected."""
     (tmp_path / "run.py").write_text(RUN)
-    command = [sys.executable, "run.py", str(corpus), str(tmp_path / "out"), str(workers)]
-    for moment in ("tokenize 1", "tokenize 5", "plan 0", "write shards 1", "write shards 2"):
+    command = [sys.executable, "run.py", stage, str(source), str(tmp_path / "out"), str(workers)]
+    for moment in moments:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
@@ -447,13 +502,13 @@ def test_killed_again_and_again_it_writes_the_same_bytes(corpus, packed, tmp_pat
         with pytest.raises(UserError, match="not a finished dataset"):
             PackedDataset(tmp_path / "out")
     subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
-    assert tree(tmp_path / "out") == packed
+    assert tree(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
 def test_ray_writes_the_same_bytes(corpus, packed, tmp_path):
     (tmp_path / "run.py").write_text(RUN.replace("shard_mb=1", "shard_mb=1, ray=True"))
-    command = [sys.executable, "run.py", str(corpus), str(tmp_path / "out"), "2"]
+    command = [sys.executable, "run.py", "pretrain", str(corpus), str(tmp_path / "out"), "2"]
     subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     assert tree(tmp_path / "out") == packed
 
