@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from distributed_worker import first_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt.errors import UserError
 from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
@@ -83,6 +86,35 @@ def test_masters_keep_the_float32_weights_that_they_were_given(stage, dtype, eng
     masters = engine(stage, dtype).master_weights()
     for name, parameter in small_model().named_parameters():
         assert torch.equal(masters[f"model.{name}"], parameter.detach()), name
+
+
+class Products(TorchDispatchMode):
+    """Notes the precisions of matrices that are multiplied by torch, or by the loss, which holds the output layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[str, set[torch.dtype]] = {"mm": set(), "labelled_loss": set()}
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if (noted := self.dtypes.get(function.overloadpacket.__name__)) is not None:
+            noted.update(a.dtype for a in arguments if isinstance(a, torch.Tensor) and a.dim() == 2)
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2**-24), (torch.bfloat16, 2**-9)], ids=str)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_products_are_in_the_precision_that_was_asked_for(stage, dtype, rounding, engine):
+    """And the gradient lies as far from that in float64 as its rounding says: no farther, and no nearer either."""
+    exact = small_model().double()
+    (exact(**batch()).loss_sum / 32).backward()
+    ours = engine(stage, dtype, optimizer_name="adamw")
+    with Products() as products:
+        ours.forward_backward(batch(), 1 / 32)
+    assert products.dtypes == {"mm": {dtype}, "labelled_loss": {dtype}}
+    ours.step(1e-2)
+    found = first_gradients(ours)
+    errors = [float((found[name] - p.grad).norm() / p.grad.norm()) for name, p in exact.named_parameters()]
+    assert rounding < max(errors) < 32 * rounding
 
 
 @pytest.mark.parametrize(("stage", "optimizer"), OPTIMIZERS)
@@ -231,6 +263,18 @@ def test_random_numbers_go_on_behind_a_checkpoint_as_they_did(engine, tmp_path):
     torch.manual_seed(8)
     checkpoint.load(ours, folder)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_two_processes_find_wrong_is_raised_by_one_and_what_one_finds_by_that_one():
+    alone = init_processes()
+    first, second = (replace(alone, rank=rank, world_size=2) for rank in range(2))
+    with pytest.raises(UserError, match="no data"), first.errors_said_once():
+        raise UserError("there is no data for both")
+    with pytest.raises(SystemExit) as ended, second.errors_said_once():
+        raise UserError("there is no data for both")
+    assert ended.value.code == 1
+    with pytest.raises(UserError, match="damaged"), second.errors_said_once():
+        raise UserError("a file of the second is damaged")
 
 
 def test_alone_no_port_is_left_behind_for_programs_that_are_started_from_here(monkeypatch):

@@ -1,7 +1,7 @@
 """The same training at every ZeRO stage, world size and micro-batch; ranks agree; a NaN anywhere is skipped everywhere.
 
-Two real processes under the `deepspeed` launcher (gloo), one without any launcher, and as the independent yardstick
-plain PyTorch autograd on the whole global batch in float64.
+Two real processes under the `deepspeed` launcher (gloo), for a few cases four, one without any launcher, and as the
+independent yardstick plain PyTorch autograd on the whole global batch in float64.
 """
 
 import os
@@ -27,6 +27,14 @@ WITH_NAN = ["0:fp32:4:nan", "1:bf16:4:nan", "2:bf16:4:nan", "3:bf16:4:nan"]
 MUON = ["0:fp32:2:muon", "1:fp32:2:muon", "2:fp32:4:muon"]
 MUON_WITH_NAN = ["0:fp32:4:nan:muon", "1:bf16:4:nan:muon", "2:bf16:4:nan:muon"]
 CASES = [*FP32, *BF16, *WITH_NAN, *MUON, *MUON_WITH_NAN]
+CASES_OF_FOUR = ["1:fp32:1", "2:fp32:1", "3:fp32:1", "1:bf16:2", "1:fp32:2:muon"]
+
+
+def with_world_size(cases: list[str]) -> pytest.MarkDecorator:
+    """Every case at world size 1 and 2, and where it is one of the few also at 4."""
+    sizes = [(case, size) for case in cases for size in (1, 2, *(4,) * (case in CASES_OF_FOUR))]
+    return pytest.mark.parametrize(("case", "world_size"), sizes)
+
 
 Results = dict[tuple[str, int], list[dict[str, Any]]]
 
@@ -53,10 +61,10 @@ def launch(world_size: int, *arguments: str) -> None:
 def results(tmp_path_factory) -> Results:
     """What every case came to, by (case, world size); one entry a rank."""
     found: Results = {}
-    for world_size in (1, 2):
+    for world_size, cases in ((1, CASES), (2, CASES), (4, CASES_OF_FOUR)):
         folder = tmp_path_factory.mktemp(f"world{world_size}")
-        launch(world_size, str(WORKER), str(folder), *CASES)
-        for case in CASES:
+        launch(world_size, str(WORKER), str(folder), *cases)
+        for case in cases:
             name = case.replace(":", "_")
             found[case, world_size] = [
                 torch.load(folder / f"{name}_rank{rank}.pt", weights_only=True) for rank in range(world_size)
@@ -80,8 +88,7 @@ def reference() -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", FP32)
+@with_world_size(FP32)
 def test_loss_and_gradients_equal_plain_autograd_on_the_whole_batch(results, reference, case, world_size):
     loss, gradients = reference
     for rank in results[case, world_size]:
@@ -92,22 +99,19 @@ def test_loss_and_gradients_equal_plain_autograd_on_the_whole_batch(results, ref
             assert error <= 1e-5, name
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", FP32)
+@with_world_size(FP32)
 def test_gradient_norm_is_that_of_the_whole_gradient(results, reference, case, world_size):
     norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in reference[1].values()]))
     for rank in results[case, world_size]:
         assert rank["norms"][0] == pytest.approx(float(norm), rel=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", FP32[1:])
+@with_world_size(FP32[1:])
 def test_float32_losses_do_not_depend_on_stage_world_size_or_micro_batch(results, case, world_size):
     np.testing.assert_allclose(results[case, world_size][0]["losses"], results[FP32[0], 1][0]["losses"], rtol=2e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", MUON)
+@with_world_size(MUON)
 def test_muon_takes_the_same_steps_however_its_matrices_are_cut(results, case, world_size):
     """At stages 1 and 2 a rank holds a slice of all matrices laid end to end; two matrices here lie across the cut or
     beside it. Stage 0 with one process cuts nothing."""
@@ -118,32 +122,32 @@ def test_muon_takes_the_same_steps_however_its_matrices_are_cut(results, case, w
         assert (found["weights"][-1][name] - weight).abs().median() < 1e-6, name
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", BF16)
+@with_world_size(BF16)
 def test_bf16_stages_follow_the_float32_run(results, case, world_size):
     float32 = np.array(results["1:fp32:4", 1][0]["losses"])
     assert np.abs(np.array(results[case, world_size][0]["losses"]) - float32).max() <= 0.03
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", CASES)
+@with_world_size(CASES)
 def test_masters_start_as_the_unrounded_float32_weights(results, case, world_size):
     for name, parameter in make_model().named_parameters():
         assert torch.equal(results[case, world_size][0]["weights"][0][name], parameter.detach()), name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_both_ranks_hold_the_same_weights_after_every_step(results, case):
-    first, second = results[case, 2]
+@pytest.mark.parametrize(
+    ("case", "world_size"), [*((case, 2) for case in CASES), *((case, 4) for case in CASES_OF_FOUR)]
+)
+def test_all_ranks_hold_the_same_weights_after_every_step(results, case, world_size):
+    first, *others = results[case, world_size]
+    assert len(others) == world_size - 1
     embedding = "model.embed_tokens.weight"
     assert not torch.equal(first["weights"][0][embedding], first["weights"][1][embedding])
     for step in range(STEPS + 1):
         for name, weight in first["weights"][step].items():
-            assert torch.equal(weight, second["weights"][step][name]), (step, name)
+            assert all(torch.equal(weight, other["weights"][step][name]) for other in others), (step, name)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", [*WITH_NAN, *MUON_WITH_NAN])
+@with_world_size([*WITH_NAN, *MUON_WITH_NAN])
 def test_an_infinite_loss_on_one_rank_makes_all_ranks_skip_the_step_and_go_on(results, case, world_size):
     for rank in results[case, world_size]:
         assert rank["applied"] == [step != NAN_STEP for step in range(STEPS)]
