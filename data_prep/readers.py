@@ -88,7 +88,7 @@ def list_files(inputs: Sequence[Path | str]) -> list[Path]:
             raise UserError(f"{path} does not exist: check how it is written")
         for file in found:
             if file.stat().st_size == 0:
-                raise UserError(f"{file} is empty: remove it from --input, or write it again")
+                raise UserError(f"{file} is empty: leave it out, or write it again")
         files.update(dict.fromkeys(found))
     if not files:
         raise UserError("no input given: name files or folders with --input")
@@ -110,7 +110,7 @@ def detect_format(path: Path | str) -> str:
     with path.open("rb") as file:
         head = file.read(1 << 16)
     if not head:
-        raise UserError(f"{path} is empty: remove it from --input, or write it again")
+        raise UserError(f"{path} is empty: leave it out, or write it again")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path} is UTF-16: save it as UTF-8")
     if head[:4] == b"PAR1":

@@ -252,7 +252,7 @@ def _texts(expanded: list[str], fields: dict[str, Any]) -> dict[str, str]:
     None is put right by these.
     """
     texts: dict[str, str] = {}
-    for argument in expanded:
+    for argument in (argument for argument in expanded if argument.startswith("--")):
         option, _, value = argument.removeprefix("--").partition("=")
         given = _read_yaml(value) if option == "config" and os.path.isfile(value) else {option: value}
         for name, text in given.items():
@@ -287,7 +287,11 @@ def _explain(message: str, fields: dict[str, Any], program: str | None, position
         name, hint = word.lstrip("-").split("=")[0], f"`{program} --help` lists them"
         if unknown[2] or word.startswith("-"):
             return f"unknown option {name}{did_you_mean(name, fields)}; {hint}"
-        remedy = f"did you mean --{name}?" if name in fields else "a text with spaces needs quotes"
+        remedy = "a text with spaces needs quotes"
+        if "prompt" in fields:
+            remedy = "a text to answer is given by --prompt, in quotes"
+        if name in fields:
+            remedy = f"did you mean --{name}?"
         return f"the word {word} belongs to no option, {remedy}; {hint}"
     if no_file := re.search(r'Parser key "config": (?:File does not exist|Path is not a file): (.+)', text):
         return f"there is no file {no_file[1]} for --config"

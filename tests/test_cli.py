@@ -117,6 +117,11 @@ def test_a_text_option_is_the_text_as_it_was_written(text, tmp_path):
     assert parse("r", f"--config={file}", "--prompt", "other").prompt == "other"
 
 
+def test_a_word_that_is_called_like_a_text_option_is_no_text():
+    assert parse("prompt").prompt is None
+    assert parse("--prompt", "null", "prompt").prompt == "null"
+
+
 def test_nothing_is_said_by_null_where_it_can_be_no_text(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("prompt: null\nmax_steps: 3")
@@ -150,8 +155,8 @@ def test_an_unknown_option_names_the_one_that_was_meant(arguments):
 @pytest.mark.parametrize(
     ("arguments", "word", "remedy"),
     [
-        (("extra",), "extra", "a text with spaces needs quotes"),
-        (("--prompt", "two", "words", "more"), "words", "a text with spaces needs quotes"),
+        (("extra",), "extra", "a text to answer is given by --prompt, in quotes"),
+        (("--prompt", "two", "words", "more"), "words", "a text to answer is given by --prompt, in quotes"),
         (("data", "packed"), "data", "did you mean --data?"),
     ],
 )
@@ -335,7 +340,7 @@ def generate_at_a_terminal(run: Path, *arguments: str) -> subprocess.CompletedPr
     os.write(terminal, b"the cat\n\x04")
     command = [*MINIGPT, "generate", run, "--max_new_tokens", "2", "--temperature", "0", *arguments]
     try:
-        return subprocess.run(list(map(str, command)), stdin=keyboard, capture_output=True, text=True, timeout=60)
+        return subprocess.run(list(map(str, command)), stdin=keyboard, capture_output=True, text=True, timeout=300)
     finally:
         os.close(terminal)
         os.close(keyboard)

@@ -102,7 +102,8 @@ class Decoder:
 
     def forget(self) -> None:
         """Free what `refresh` prepares; the weights are read again when the next tokens come."""
-        self.layers, self.head = [], None
+        self.layers, self.head, self._places = [], None, ()
+        self.embedding_VE = self.final_norm = torch.empty(0)  # which may keep memory of older weights
 
     def _prepare(self) -> None:
         if not self.layers:

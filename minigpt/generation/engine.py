@@ -88,7 +88,8 @@ class Engine:
         >>> [completion.ids for completion in request.completions]
 
     Args:
-        model: A MiniGPT; its weights are read when the engine is made and at `load_weights` or `refresh`.
+        model: A MiniGPT; its weights are read when the engine is made and at `load_weights` or `refresh`, some of them
+            later: they must not change without one of these.
         slots: Sequences that are decoded together.
         max_length: Most tokens of a sequence, prompt and continuation; None: the model's context.
         batch_invariant: Compute every sequence in the same way whatever runs beside it. Slower, with torch much.

@@ -146,7 +146,7 @@ class AdaptiveKL:
         coefficient: The present β.
         target: KL per answer that is aimed at, in nats.
         gain: K_β, 0.1 in the paper. (Its code, and whoever follows it, has the answers of a batch divided by a horizon
-            of 10,000 there: with a hundred answers β needs 900 updates to double.)
+            of 10,000 there: with a hundred answers β needs 350 updates to double.)
     """
 
     coefficient: float

@@ -195,11 +195,12 @@ class RLOptions:
         )
         for name in not_negative:
             self._require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0")
-        for name in ("temperature", "timeout", "reward_timeout", "behaviour_cap", "kl_gain"):
+        for name in ("temperature", "timeout", "reward_timeout", "behaviour_cap"):
             self._require(0 < getattr(self, name) < math.inf, name, "a number above 0")
         for name, above in (("clip_high", 0), ("dual_clip", 1), ("kl_target", 0), ("micro_batch_tokens", 0)):
             value = getattr(self, name)
             self._require(value is None or above < value < math.inf, name, f"null or a number above {above}")
+        self._require(0 < self.kl_gain <= 1, "kl_gain", "above 0 and at most 1")  # from 5 on a low KL would make β 0
         check_adapter(self)
         self._require(self.publish == "merged" or self.lora_rank > 0, "publish", "merged without --lora_rank")
         self._require(self.overlap in (0, 1), "overlap", "0 or 1")

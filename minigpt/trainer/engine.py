@@ -38,6 +38,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 # Keys of a DeepSpeed configuration by which a rank's slice is not a part of all parameters laid end to end in order
 NOT_END_TO_END = ("offload_optimizer", "round_robin_gradients", "parameter_alignment")
+SHIPPED_CONFIGS = "ds_configs/zero0.json, zero1.json, zero2.json, zero3.json and zero3_offload.json"
 # Its keys that our own options decide
 OURS = (
     *("optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types"),
@@ -523,11 +524,11 @@ def _deepspeed_config(path: Path | None, dtype: torch.dtype, grad_clip: float) -
         try:
             config = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"no DeepSpeed configuration at {path}; the shipped ones are in ds_configs/") from None
+            raise UserError(f"no DeepSpeed configuration at {path}; MiniGPT's own are {SHIPPED_CONFIGS}") from None
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON ({error})") from None
         if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-            raise UserError(f"{path} is no DeepSpeed configuration; the shipped ones are in ds_configs/")
+            raise UserError(f"{path} is no DeepSpeed configuration; MiniGPT's own are {SHIPPED_CONFIGS}")
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded states are torch's AdamW's too
     stage = config.setdefault("zero_optimization", {}).setdefault("stage", 1)
     if stage == 0 and dtype != torch.float32:

@@ -21,7 +21,7 @@ from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 from minigpt.system import usable_cores
 
 from .checkpoint import STATE, list_checkpoints
-from .engine import Processes
+from .engine import SHIPPED_CONFIGS, Processes
 from .options import PRESETS, TrainOptions
 from .stage import Stage
 
@@ -140,10 +140,7 @@ def prepare_data(stage: Stage, options: TrainOptions, processes: Processes, vali
 def _check_paths(stage: Stage, options: TrainOptions) -> None:
     """Find out now what would otherwise be found out after the data is packed."""
     if options.deepspeed is not None and not options.deepspeed.exists():
-        raise UserError(
-            f"no DeepSpeed configuration at {options.deepspeed}; MiniGPT's own are ds_configs/zero0.json, zero1.json, "
-            "zero2.json, zero3.json and zero3_offload.json"
-        )
+        raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; MiniGPT's own are {SHIPPED_CONFIGS}")
     if options.init is not None:
         model_folder(options.init)
 
