@@ -118,9 +118,14 @@ def prepare_data(stage: Stage, options: TrainOptions, processes: Processes, vali
     folder = _packed_folder(options)
     if folder is None:
         folder = Path(options.save_dir) / "data"
+        wrong = None
         if processes.rank == 0:
-            _pack_into(folder, stage, options, valid_fraction)
-        processes.barrier()
+            try:
+                _pack_into(folder, stage, options, valid_fraction)
+            except UserError as error:
+                wrong = str(error)
+        if (wrong := processes.broadcast(wrong)) is not None:  # the others must not wait for who has ended
+            raise UserError(wrong)
     train = PackedDataset(folder, "train")
     if train.stage != stage.packed_as:
         raise UserError(
