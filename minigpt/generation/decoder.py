@@ -37,7 +37,6 @@ class Decoder:
             the first tokens come and at `refresh`.
         max_length: Positions from 0 to this are computed.
         rows: Tokens that a step has as a rule.
-
     """
 
     def __init__(self, model: DecoderModel, max_length: int, rows: int) -> None:

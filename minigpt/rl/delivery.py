@@ -92,10 +92,12 @@ class Delivery:
 
     def for_worker(self, rank: int, version: int) -> Published:
         """What a rollout worker is to load: only a version number, if it holds that version."""
-        if self._held.get(rank) != version and not Published.by_all(self._versions[version]).in_store:
-            self._versions[version] = self.policy.wait([self.policy.one(0, "store", version)], "store weights")
+        published = Published.by_all(self._versions[version])
+        if self._held.get(rank) != version and not published.in_store:
+            (published,) = self.policy.wait([self.policy.one(0, "store", version)], "store weights")
+            self._versions[version] = [published]
         self._held[rank] = version
-        return Published.by_all(self._versions[version])
+        return published
 
     def publisher_of(self, reference: str) -> int:
         """The rank of the policy that put an object of a version into the store; `reference` as in `InputLost`."""

@@ -33,8 +33,8 @@ class PromptRequest:
 
     @property
     def sample_ids(self) -> np.ndarray:
-        """Numbers of all answers that are wanted, int64 [P · samples], ascending."""
-        return np.sort((self.first_sample_ids[:, None] + np.arange(self.samples)).reshape(-1))
+        """Numbers of all answers that are wanted, int64 [P · samples], in the order of the prompts."""
+        return (self.first_sample_ids[:, None] + np.arange(self.samples)).reshape(-1)
 
     def share(self, rank: int, world_size: int) -> PromptRequest:
         """The prompts of one of several workers: every world_size-th, so that the assignment never changes."""

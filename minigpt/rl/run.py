@@ -19,7 +19,7 @@ from minigpt.errors import UserError
 from minigpt.model.hf import load_generation_config, read_config
 from minigpt.observe.hardware import describe_hardware, package_version, source_commit
 from minigpt.trainer import checkpoint
-from minigpt.trainer.engine import SHIPPED_CONFIGS, Processes
+from minigpt.trainer.engine import Processes, check_deepspeed_config
 from minigpt.trainer.loop import GracefulStop
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.run import PACKAGES, SUMMARY, Run, write_text, writing_results
@@ -62,8 +62,7 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     if (summary := run.finished_summary()) is not None:
         return summary
     _check_save_dir(options.save_dir)
-    if options.deepspeed is not None and not options.deepspeed.exists():
-        raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; MiniGPT's own are {SHIPPED_CONFIGS}")
+    check_deepspeed_config(options.deepspeed)
     options = with_init(stage, options)
     run.options = options  # type: ignore[assignment]
     init = options.init

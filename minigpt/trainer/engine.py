@@ -518,13 +518,18 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
+def check_deepspeed_config(path: Path | None) -> None:
+    """Raises a UserError where a configuration is named that does not exist."""
+    if path is not None and not Path(path).exists():
+        raise UserError(f"no DeepSpeed configuration at {path}; MiniGPT's own are {SHIPPED_CONFIGS}")
+
+
 def _deepspeed_config(path: Path | None, dtype: torch.dtype, grad_clip: float) -> dict[str, Any]:
     config: dict[str, Any] = {"zero_optimization": {"stage": 1, "overlap_comm": False, "contiguous_gradients": True}}
+    check_deepspeed_config(path)
     if path is not None:
         try:
             config = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"no DeepSpeed configuration at {path}; MiniGPT's own are {SHIPPED_CONFIGS}") from None
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON ({error})") from None
         if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):

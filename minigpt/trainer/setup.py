@@ -21,7 +21,7 @@ from minigpt.model.model_minigpt import MiniGPT, MiniGPTConfig
 from minigpt.system import usable_cores
 
 from .checkpoint import STATE, list_checkpoints
-from .engine import SHIPPED_CONFIGS, Processes
+from .engine import Processes, check_deepspeed_config
 from .options import PRESETS, TrainOptions
 from .stage import Stage
 
@@ -144,8 +144,7 @@ def prepare_data(stage: Stage, options: TrainOptions, processes: Processes, vali
 
 def _check_paths(stage: Stage, options: TrainOptions) -> None:
     """Find out now what would otherwise be found out after the data is packed."""
-    if options.deepspeed is not None and not options.deepspeed.exists():
-        raise UserError(f"no DeepSpeed configuration at {options.deepspeed}; MiniGPT's own are {SHIPPED_CONFIGS}")
+    check_deepspeed_config(options.deepspeed)
     if options.init is not None:
         model_folder(options.init)
 

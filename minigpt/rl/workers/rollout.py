@@ -175,7 +175,7 @@ class RolloutWorker(Worker):
             tokens=np.concatenate(pieces).astype(np.int32) if pieces else np.zeros(0, dtype=np.int32),
             prompt_lens=np.repeat(mine.prompt_lens, mine.samples).astype(np.int32),
             answer_lens=np.array([len(a.ids) for a in answers], dtype=np.int32),
-            sample_ids=(mine.first_sample_ids[:, None] + np.arange(mine.samples)).reshape(-1).astype(np.int64),
+            sample_ids=mine.sample_ids,
             prompt_rows=np.repeat(mine.prompt_rows, mine.samples).astype(np.int64),
             stopped=np.array([a.finish_reason == "stop" for a in answers], dtype=bool),
             behaviour_log_probs=_flat((a.behaviour_log_probs for a in answers), np.float32),
