@@ -388,6 +388,7 @@ def _ask_heldout(folder: Path, data: dict[str, Path], asked: Sequence[str], held
                 progress = partial(_report_done, report, f"{name} after {stage}", len(task.records))
                 outcome = task(ModelAnswers(model, encoder, longest, thinking, progress=progress))
             heldout[name][f"after_{stage}"] = outcome.accuracy.value
+            heldout[name].pop("interval", None)  # of the last stage: in the report it stands beside that one
             heldout[name]["interval"] = list(outcome.accuracy.interval())
             replies[stage, name] = outcome.replies
 
@@ -576,7 +577,7 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     )
 
 
-GOAL, LOOK_UP_LIMIT = 0.85, 0.20
+GOAL, LOOK_UP_LIMIT, POINTS_BY_REWARDS = 0.85, 0.20, 25
 
 
 def _remarks(heldout: Heldout) -> list[str]:
@@ -595,11 +596,17 @@ def _remarks(heldout: Heldout) -> list[str]:
                 f"{name}: a look-up alone answers {look_up:.1%}, and it should not exceed {LOOK_UP_LIMIT:.0%}: these "
                 "questions are too close to what was trained on to show that the model understands; try another --seed"
             )
+    sums = heldout["sums with thinking"]
+    if (points := round(100 * (sums["after_grpo"] - sums["after_reason_start"]), 1)) < POINTS_BY_REWARDS:
+        remarks.append(
+            f"sums with thinking: rewards brought {points} points, and {POINTS_BY_REWARDS} is what they should "
+            "bring: the start knew too little of the careful way, or too much; try another --seed"
+        )
     return remarks
 
 
 def _what_rewards_did(summary: dict[str, Any]) -> str:
-    """GRPO against the same start with more supervised steps, in a sentence."""
+    """GRPO, and careful examples from the same start instead, in a sentence: what each brought, and in what time."""
     sums = summary["heldout"]["sums with thinking"]
     start, grpo, shown = (sums[f"after_{stage}"] for stage in ("reason_start", "grpo", "reason"))
     seconds = {row["stage"]: row["seconds"] for row in summary["stages"]}

@@ -101,9 +101,9 @@ def test_how_long_it_took_is_said_of_what_was_measured(known, told):
     assert quickstart._how_long({"seconds": 492.0, **known}) == "8.2 minutes in all" + told
 
 
-def heldout(questions: float, look_up: float = 0.065, thinking: float = 0.99) -> dict:
+def heldout(questions: float, look_up: float = 0.065, thinking: float = 0.99, rewarded: float = 0.35) -> dict:
     task = {"n": 200, "nearest_neighbour": look_up, "after_reason": questions, "interval": [0.0, 1.0]}
-    sums = {**task, "nearest_neighbour": 0.005}
+    sums = {**task, "nearest_neighbour": 0.005, "after_reason_start": 0.1, "after_grpo": rewarded}
     return {
         "questions": task,
         "sums at once": {**sums, "after_reason": 0.03},
@@ -118,9 +118,12 @@ def test_results_that_are_not_as_they_should_be_are_said():
     assert "--seed" in low
     (close,) = quickstart._remarks(heldout(0.9, 0.205))
     assert close.startswith("questions: a look-up alone answers 20.5%, and it should not exceed 20%")
-    assert [line.partition(":")[0] for line in quickstart._remarks(heldout(0.1, 0.5, 0.2))] == [
+    (little,) = quickstart._remarks(heldout(0.85, rewarded=0.345))
+    assert little.startswith("sums with thinking: rewards brought 24.5 points, and 25 is what they should bring")
+    assert [line.partition(":")[0] for line in quickstart._remarks(heldout(0.1, 0.5, 0.2, 0.05))] == [
         "questions",
         "questions",
+        "sums with thinking",
         "sums with thinking",
     ]
 
@@ -145,6 +148,7 @@ def test_it_goes_the_whole_road_once_and_shows_it_again(tmp_path, monkeypatch, c
         assert started_from == ("random weights" if leg.after is None else f"from {folder / leg.after}")
     for name in ("questions", "sums at once", "sums with thinking"):
         task = summary["heldout"][name]
+        assert list(task)[-1] == "interval", "of the last stage, beside which it stands"
         assert task["n"] == 24
         assert 0 <= task["after_reason"] <= 1
         assert 0 <= task["after_grpo"] <= 1
