@@ -182,8 +182,8 @@ def gae(
         mask: [B, T], the tokens that the policy chose.
         gamma: Discount.
         lam: λ; 1 is the return minus the value, 0 the one-step error.
-        bootstrap: [B], V after the last token. None: 0, the episode is over. An answer that was cut off at the length
-            limit is not over: it goes on from here.
+        bootstrap: [B], V after the last token. None: 0, the episode is over. One that was cut off and whose last reward
+            is no verdict on the whole is not over: it goes on from here.
 
     Returns:
         (advantages, returns = advantages + values), both 0 outside the mask, without gradient.

@@ -23,13 +23,14 @@ from minigpt.trainer.schedule import learning_rate
 from . import algorithms
 from .batch import RolloutBatch
 from .options import GRPOOptions, PPOOptions, RLOptions
-from .prompts import PromptSource
+from .prompts import PromptSource, Texts
 from .reward_pool import RewardPool
 from .roles import Roles, Sampling
 
 EVALUATION_IDS = 1 << 40  # sample numbers that training never reaches
 COUNTS = ("reward_failures",)  # what of several rounds is added up; of the other metrics the mean is taken
 NO_MODEL = ("publish", "load")  # phases of which workers say how long they took, and which no model computes in
+IDLE_STEPS = 5  # so many in a row without anything to learn, and it is said
 RESULTS = ("loss", "reward", "tokens_per_second")  # what of a step's metrics the summary tells
 
 
@@ -134,6 +135,7 @@ class Loop:
             seed=options.seed,
         )
         self._coming: Sampling | None = None
+        self._idle = 0  # steps in a row that had nothing to learn
         self._drawn = 0  # answer tokens that were collected in this step, also of groups that were put aside
 
     # ---------------------------------------------------------------------------------------------------- one step
@@ -152,6 +154,7 @@ class Loop:
         if o.dynamic_sampling:  # not before: samplers answer in turn, and a round that fills up would wait
             self._ask_ahead()
         metrics = self._learn(experience)
+        self._say_when_idle(experience.metrics)
         position.step += 1
         roles.publish(position.step)
         position.tokens += len(experience.batch.behaviour_log_probs)
@@ -176,11 +179,16 @@ class Loop:
         return self.roles.sample(self.prompts.request(first, count, o.samples_per_prompt, self.sampling, position.step))
 
     def _judge(self, batch: RolloutBatch) -> Experience:
-        """Rewards of the answers: rules, the reward model, the punishment of length."""
-        o = self.options
         self._drawn += len(batch.behaviour_log_probs)
         with self.roles.clock.phase("rewards"):
-            rewards, metrics = self._rule_rewards(batch, self.prompts)
+            texts = self.prompts.texts(batch, self.stop_ids, self.options.max_new_tokens)
+            rewards, metrics = self._rule_rewards(batch, texts)
+        rewards = self._with_judges(batch, rewards, metrics)
+        return Experience(batch, rewards.astype(np.float32), metrics | self._describe(batch, rewards))
+
+    def _with_judges(self, batch: RolloutBatch, rewards: np.ndarray, metrics: dict[str, float]) -> np.ndarray:
+        """Beside the rules' rewards [S]: the reward model, of which `metrics` is told, and the punishment of length."""
+        o = self.options
         if o.reward_model is not None:
             judged = self.roles.rewards(batch)
             metrics["reward_model"] = float(judged.mean())
@@ -188,12 +196,12 @@ class Loop:
         if o.overlong_buffer:
             lengths = torch.from_numpy(batch.answer_lens)
             rewards = rewards + algorithms.overlong_penalty(lengths, o.max_new_tokens, o.overlong_buffer).numpy()
-        return Experience(batch, rewards.astype(np.float32), metrics | self._describe(batch, rewards))
+        return rewards
 
-    def _rule_rewards(self, batch: RolloutBatch, source: PromptSource) -> tuple[np.ndarray, dict[str, float]]:
+    def _rule_rewards(self, batch: RolloutBatch, texts: Texts) -> tuple[np.ndarray, dict[str, float]]:
         if self.pool is None:
             return np.zeros(len(batch), dtype=np.float32), {}
-        scores = self.pool.score(*source.texts(batch, self.stop_ids, self.options.max_new_tokens))
+        scores = self.pool.score(*texts)
         metrics = {f"reward_{name}": float(np.nanmean(values)) for name, values in scores.parts.items()}
         if "accuracy" in scores.parts:
             metrics["accuracy"] = metrics.pop("reward_accuracy")
@@ -245,6 +253,20 @@ class Loop:
         keep = np.flatnonzero(np.repeat(groups.max(1) > groups.min(1), self.options.samples_per_prompt))
         return Experience(experience.batch.take(keep), experience.rewards[keep], experience.metrics)
 
+    def _say_when_idle(self, metrics: dict[str, float]) -> None:
+        """A task that is never or always solved, or a start that cannot answer, is no error; but it should be known."""
+        per_group = isinstance(self.options, GRPOOptions)
+        idle = metrics["zero_variance_groups"] == 1 if per_group else metrics["reward_std"] == 0
+        self._idle = self._idle + 1 if idle else 0
+        if self._idle == IDLE_STEPS:
+            alike = "all answers to a prompt are" if per_group else "all answers are"
+            self.roles.say(
+                f"{IDLE_STEPS} steps in a row had nothing to learn: {alike} worth the same (reward "
+                f"{metrics['reward']:.3g}; {metrics['truncated']:.0%} are cut off at --max_new_tokens). Is the model "
+                "trained to answer such prompts, and does the reward tell good answers from bad ones? (docs/rl.md: "
+                "dead groups)"
+            )
+
     # ---------------------------------------------------------------------------------------------------- learning
 
     def _learn(self, experience: Experience) -> dict[str, float]:
@@ -253,7 +275,7 @@ class Loop:
         metrics: dict[str, float] = {}
         if o.kl_coefficient > 0:
             batch.columns["ref_log_probs"] = self.roles.reference_log_probs(batch)
-        if o.updates_per_step > 1 or o.kl_in == "reward":
+        if o.updates_per_step > 1 or (o.kl_in == "reward" and o.kl_coefficient > 0):
             batch.columns["old_log_probs"] = self.roles.log_probs(batch)
         if isinstance(o, PPOOptions):
             metrics |= self._estimate_advantages(experience, o)
@@ -286,9 +308,13 @@ class Loop:
         return self.options.pays_for_more_than_rewards or bool(batch.columns["advantages"].any())
 
     def _estimate_advantages(self, experience: Experience, o: PPOOptions) -> dict[str, float]:
-        """PPO: the KL is taken off each token's reward, the answer's reward comes with its last token, then GAE."""
+        """PPO: the KL is taken off each token's reward, the answer's reward comes with its last token, then GAE.
+
+        That reward is a verdict on the answer as it stands, also on one that was cut off, so the episode ends there:
+        with the value behind the last token added, a cut answer would be paid twice.
+        """
         batch = experience.batch
-        values, behind = self.roles.values(batch)
+        values, _ = self.roles.values(batch)
         token_rewards, mask = batch.padded(np.zeros_like(values))
         token_rewards[np.arange(len(batch)), batch.answer_lens - 1] = experience.rewards
         keep = torch.from_numpy(mask)
@@ -306,7 +332,6 @@ class Loop:
             keep,
             o.gamma,
             o.lam,
-            bootstrap=torch.from_numpy(np.where(batch.stopped, 0.0, behind).astype(np.float32)),
         )
         flat_returns = returns[keep]
         metrics["explained_variance"] = algorithms.explained_variance(
@@ -332,13 +357,13 @@ class Loop:
 
     def _adapt_kl(self, metrics: dict[str, float], batch: RolloutBatch, updated: bool) -> None:
         o, position, answers = self.options, self.position, len(batch)
+        if o.kl_coefficient:
+            metrics["kl_coefficient"] = position.kl_coefficient  # of this step, before it is moved
         if "kl_per_answer" not in metrics and "kl" in metrics:
             metrics["kl_per_answer"] = metrics["kl"] * len(batch.behaviour_log_probs) / answers
         if updated and o.kl_target is not None and math.isfinite(metrics.get("kl_per_answer", math.nan)):
             controller = algorithms.AdaptiveKL(position.kl_coefficient, o.kl_target, o.kl_gain)
             position.kl_coefficient = controller.update(metrics["kl_per_answer"])
-        if o.kl_coefficient:
-            metrics["kl_coefficient"] = position.kl_coefficient
 
     def _count_nan_steps(self, metrics: dict[str, float]) -> None:
         skipped = metrics.get("skipped", 0.0) + metrics.get("value_skipped", 0.0)
@@ -377,15 +402,10 @@ class Loop:
         rows = np.arange(count, dtype=np.int64)
         request = self.heldout.request_rows(rows, EVALUATION_IDS + rows, 1, greedy, self.position.step)
         batch = self.roles.collect(self.roles.sample(request))
-        rewards, numbers = self._rule_rewards(batch, self.heldout)
-        metrics: dict[str, Any] = dict(numbers)
-        if o.reward_model is not None:
-            judged = self.roles.rewards(batch)
-            metrics["reward_model"] = float(judged.mean())
-            rewards = rewards + o.reward_model_weight * judged
-        if "accuracy" in metrics:
-            metrics["accuracy_interval"] = list(wilson_interval(metrics["accuracy"], count))
-        prompts, completions, references = self.heldout.texts(batch, self.stop_ids, o.max_new_tokens)
+        texts = self.heldout.texts(batch, self.stop_ids, o.max_new_tokens)
+        rewards, metrics = self._rule_rewards(batch, texts)
+        rewards = self._with_judges(batch, rewards, metrics)
+        interval = wilson_interval(metrics["accuracy"], count) if "accuracy" in metrics else None
         samples = [
             {
                 "prompt": reference["messages"][-1]["content"],
@@ -393,13 +413,12 @@ class Loop:
                 "answer": ("<think>" if prompt.rstrip().endswith("<think>") else "") + completion,
                 "reward": float(reward),
             }
-            for prompt, completion, reference, reward in list(
-                zip(prompts, completions, references, rewards, strict=True)
-            )[:4]
+            for prompt, completion, reference, reward in list(zip(*texts, rewards, strict=True))[:4]
         ]
         return {
             "reward": float(rewards.mean()),
             **metrics,
+            **({} if interval is None else {"accuracy_interval": list(interval)}),
             "response_length": float(batch.answer_lens.mean()),
             "truncated": float(1 - batch.stopped.mean()),
             "prompts": count,

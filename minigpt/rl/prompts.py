@@ -15,6 +15,9 @@ from minigpt.generation.sampling import SamplingParams
 from .batch import RolloutBatch
 from .request import PromptRequest
 
+Texts = tuple[list[str], list[str], list[dict[str, Any]]]
+"""Prompts, completions and references as reward functions take them (`rewards.py`)."""
+
 
 class PromptSource:
     """The prompts of a data set in the order of a seed; prompt number k is the same in every run.
@@ -62,10 +65,8 @@ class PromptSource:
         lengths = np.array([len(one) for one in ids], dtype=np.int32)
         return PromptRequest(np.concatenate(ids), lengths, rows, first_sample_ids, samples, params, version)
 
-    def texts(
-        self, batch: RolloutBatch, stop_ids: Sequence[int], max_new_tokens: int
-    ) -> tuple[list[str], list[str], list[dict[str, Any]]]:
-        """Prompts, completions and references as reward functions take them (`rewards.py`)."""
+    def texts(self, batch: RolloutBatch, stop_ids: Sequence[int], max_new_tokens: int) -> Texts:
+        """What those who judge by rules read of a batch."""
         prompts, completions, references = [], [], []
         known: dict[int, tuple[str, PromptRow]] = {}
         for row, answer, stopped in zip(batch.prompt_rows.tolist(), batch.answers(), batch.stopped, strict=True):

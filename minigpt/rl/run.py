@@ -16,6 +16,7 @@ import torch
 from minigpt.dataset.chat import ChatEncoder
 from minigpt.dataset.shards import PackedDataset
 from minigpt.errors import UserError
+from minigpt.generation.load import stage_of
 from minigpt.model.hf import load_generation_config, read_config
 from minigpt.observe.hardware import describe_hardware, package_version, source_commit
 from minigpt.trainer import checkpoint
@@ -70,6 +71,11 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     model_folder(init)
     _check_judges(options, init)
     run.open()
+    if stage_of(init) == "pretrain":
+        run.say(
+            f"{init} is a pretrained model that never saw a chat: it will hardly answer or stop, and rewards cannot "
+            "teach it what it never does; fine-tune it first (minigpt train sft --init …) and start from that"
+        )
     encoder = _encoder(init)
     source, heldout = _prompts(stage, options, init)
     if heldout is None:
@@ -84,11 +90,19 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
     judged = None if heldout is None else PromptSource(heldout, encoder, options.thinking, options.seed, limit - 1)
     for asked in filter(None, (prompts, judged)):
         _check_answers(options, asked)
-    longest = min(limit, max(prompts.longest, judged.longest if judged else 0) + options.max_new_tokens)
+    longest_prompt = max(prompts.longest, judged.longest if judged else 0)
+    longest = min(limit, longest_prompt + options.max_new_tokens)
+    if longest < longest_prompt + options.max_new_tokens:
+        run.say(
+            f"the model's context of {limit} leaves {limit - longest_prompt} tokens behind the longest prompt: answers "
+            f"to it are cut off there, not at --max_new_tokens {options.max_new_tokens}"
+        )
+    answers = options.answers_per_step // options.minibatches
+    most = min(limit, LONG_ROW, options.micro_batch_tokens or LONG_ROW)
     job = Job(
         options=_with_absolute_paths(options),
         init=init.resolve(),
-        row_length=choose_row_length(longest, options.answers_per_step // options.minibatches, min(limit, LONG_ROW)),
+        row_length=choose_row_length(longest, answers, most),
         longest=longest,
         stop_ids=_stop_ids(init, encoder),
         tokenizer=model_folder(init).resolve(),
@@ -117,6 +131,9 @@ def train(options: RLOptions, name: str) -> dict[str, Any]:
                     run.pause()
                     resume = resume or trial.saved
                     saved = resume and checkpoint.list_checkpoints(options.save_dir)
+                    if stop.asked:  # the signal may have gone to the worker, too
+                        run.say(f"{death}; stopped, {_how_to_go_on(run, bool(saved))}")
+                        raise SystemExit(128 + stop.signal_number) from death
                     if attempt == options.restarts:
                         raise UserError(f"{death}; {_how_to_go_on(run, bool(saved))}") from death
                     where = "from the last checkpoint" if saved else "from the beginning, since nothing was saved yet"
@@ -258,7 +275,7 @@ class _Attempt:
             "recipe": self.options.recipe,
             "steps": position.step,
             "tokens": position.tokens,
-            "loss": results.get("loss", 0.0),
+            "loss": results.get("loss"),
             "reward": results.get("reward"),
             "before": first,
             "after": last,
@@ -276,7 +293,7 @@ class _Attempt:
         with writing_results(self.run.folder, self.options):
             write_text(self.run.folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, default=str) + "\n")
         if first and last:
-            what = "accuracy" if "accuracy" in last else "reward"
+            what = "accuracy" if "accuracy" in first and "accuracy" in last else "reward"  # they may have changed
             self.run.say(f"held-out {what}: {first[what]:.3f} before, {last[what]:.3f} after {position.step} steps")
         self.run.say(f"{self.job.name}: {'  and  '.join(written)}")
         return summary

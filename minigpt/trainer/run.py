@@ -80,9 +80,10 @@ class Run:
             raise UserError(
                 f"{self.folder} holds a finished {summary.get('stage')} run; give another --save_dir, or --overwrite"
             )
+        loss = "" if summary["loss"] is None else f", loss: {summary['loss']:.4f}"  # rewards may have taught nothing
         self.say(
-            f"{self.folder} is a finished {self.stage} run of {summary['steps']} steps, loss: {summary['loss']:.4f}; "
-            "nothing to do (--overwrite trains it again)"
+            f"{self.folder} is a finished {self.stage} run of {summary['steps']} steps{loss}; nothing to do "
+            "(--overwrite trains it again)"
         )
         return summary
 

@@ -253,6 +253,21 @@ def test_where_no_group_teaches_anything_nothing_is_learned(start):
     assert run.asked[3] == [12, 13, 14, 15]
 
 
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_steps_in_a_row_that_teach_nothing_are_said_once(start, capsys, name):
+    """Also in PPO, whose critic makes advantages of equal rewards, and where a KL in the loss updates the policy."""
+    run = start("never", name=name, max_steps=8, kl_coefficient=0.1)
+    for step in range(7):
+        run.loop.step()
+        said = capsys.readouterr().out
+        assert ("5 steps in a row had nothing to learn" in said) == (step == 4), said
+        assert "(reward 0.3; 100% are cut off at --max_new_tokens)" in said or step != 4
+    other = start("letters", name=name, max_steps=8)
+    for _ in range(6):
+        other.loop.step()
+    assert "nothing to learn" not in capsys.readouterr().out
+
+
 def test_a_step_of_fewer_answers_than_minibatches_makes_no_step_on_nothing(start):
     """One group is left, of two answers; the other minibatches would be the momentum's alone."""
     run = start(dynamic_sampling=1, minibatches=8, learning_rate=1e-3)
@@ -604,15 +619,21 @@ def test_the_last_tokens_before_the_limit_are_punished_linearly(start):
     """DAPO's soft punishment (arXiv:2503.14476, eq. 13) of answers of 1 to 6 tokens, the last four of them too many."""
     run = start("letters", overlong_buffer=4, stop_ids=tuple(range(0, 6400, 5)), samples_per_prompt=SAMPLES, seed=3)
     metrics = run.loop.step()
-    (drawn,) = run.values("rollout", "generate")
-    texts = run.source.texts(drawn, run.loop.stop_ids, 6)[1]
-    punished = {1: 0.0, 2: 0.0, 3: -0.25, 4: -0.5, 5: -0.75, 6: -1.0}
+    run.loop.heldout = run.source
+    held_out = run.loop.evaluate()
+    drawn, asked = run.values("rollout", "generate")
     assert len(set(drawn.answer_lens.tolist())) > 3
-    rewards = [
-        tiny_rewards.letters("", text, {}) + punished[length]
-        for text, length in zip(texts, drawn.answer_lens.tolist(), strict=True)
-    ]
+    rewards, of_held_out = (
+        [
+            tiny_rewards.letters("", text, {}) + {1: 0.0, 2: 0.0, 3: -0.25, 4: -0.5, 5: -0.75, 6: -1.0}[length]
+            for text, length in zip(
+                run.source.texts(batch, run.loop.stop_ids, 6)[1], batch.answer_lens.tolist(), strict=True
+            )
+        ]
+        for batch in (drawn, asked)
+    )
     assert metrics["reward"] == pytest.approx(np.mean(rewards), abs=1e-6)
+    assert held_out["reward"] == pytest.approx(np.mean(of_held_out), abs=1e-6), "beside each other they are one curve"
     groups = np.array(rewards).reshape(-1, SAMPLES)
     expected = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-6)
     (learned,) = run.learned
@@ -637,10 +658,9 @@ def test_the_kl_coefficient_follows_its_target(start, name):
         delta = log_probs_of(run, first, batch) - log_probs_of(run, weights, batch)
         kl = (-delta if name == "ppo" else np.exp(delta) - 1 - delta).sum() / len(batch)
         assert metrics["kl_per_answer"] == pytest.approx(kl, rel=1e-3, abs=1e-4)
-        assert update.arguments[2] == pytest.approx(coefficient, rel=1e-6)
+        assert metrics["kl_coefficient"] == update.arguments[2] == pytest.approx(coefficient, rel=1e-6)
         errors.append(min(max(kl / 0.05 - 1, -0.2), 0.2))
         coefficient *= 1 + 0.3 * errors[-1]
-        assert metrics["kl_coefficient"] == pytest.approx(coefficient, rel=1e-6)
     assert errors[0] == -0.2
     assert errors[-1] == 0.2
 
@@ -665,8 +685,8 @@ def test_while_the_critic_warms_up_neither_the_rate_of_the_policy_nor_its_kl_coe
     rates = {"learning_rate": 1e-3, "critic_learning_rate": 6e-3, "warmup_ratio": 0.5}
     run = start("letters", name="ppo", critic_warmup=2, kl_coefficient=0.5, kl_target=0.05, **rates)
     coefficients = [run.loop.step()["kl_coefficient"] for _ in range(6)]
-    assert coefficients[:2] == [0.5, 0.5]
-    assert coefficients[2] == pytest.approx(0.5 * 0.98)
+    assert coefficients[:3] == [0.5, 0.5, 0.5]
+    assert coefficients[3] == pytest.approx(0.5 * 0.98)
     policy = [call.arguments[1] for call in run.calls("policy", "update")]
     critic = [call.arguments[1] for call in run.calls("critic", "update")]
     assert policy == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3])
@@ -695,7 +715,7 @@ def test_equal_answers_get_equal_rewards_and_each_is_judged_once(start, reward_m
 # ------------------------------------------------------------------------------------------------------------------ PPO
 
 
-def by_definition(batch: RolloutBatch, rewards, old, ref, values, behind, beta: float, o: PPOOptions):
+def by_definition(batch: RolloutBatch, rewards, old, ref, values, beta: float, o: PPOOptions):
     """Returns and advantages of PPO answer by answer, as double sums over the later tokens, in float64."""
     ends = np.cumsum(batch.answer_lens)
     advantages, returns = [], []
@@ -703,7 +723,7 @@ def by_definition(batch: RolloutBatch, rewards, old, ref, values, behind, beta: 
         here = slice(end - n, end)
         r = -beta * (old[here].astype(float) - ref[here])
         r[-1] += rewards[i]
-        v = np.append(values[here].astype(float), 0.0 if batch.stopped[i] else behind[i])
+        v = np.append(values[here].astype(float), 0.0)
         delta = r + o.gamma * v[1:] - v[:-1]
         a = [sum((o.gamma * o.lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
         advantages += a
@@ -712,7 +732,7 @@ def by_definition(batch: RolloutBatch, rewards, old, ref, values, behind, beta: 
 
 
 def test_ppo_learns_from_the_advantages_of_its_definition(start):
-    """KL off each token's reward, the answer's reward at its last token, the value behind answers that were cut off."""
+    """KL off each token's reward, the answer's reward at its last token, also where that was cut off."""
     run = start("letters", name="ppo", kl_coefficient=0.3, learning_rate=3e-3, critic_learning_rate=1e-2, gamma=0.97)
     for _ in range(3):
         run.loop.step()
@@ -720,13 +740,14 @@ def test_ppo_learns_from_the_advantages_of_its_definition(start):
     for step, batch in enumerate(run.learned):
         texts = run.source.texts(batch, STOP_IDS, o.max_new_tokens)[1]
         rewards = [tiny_rewards.letters("", text, {}) for text in texts]
-        values, behind = run.values("critic", "values")[step]
+        values, _ = run.values("critic", "values")[step]
         old, ref = run.values("policy", "log_probs")[step], run.values("reference", "log_probs")[step][1]
-        advantages, returns = by_definition(batch, rewards, old, ref, values, behind, 0.3, o)
+        advantages, returns = by_definition(batch, rewards, old, ref, values, 0.3, o)
         assert np.allclose(batch.columns["returns"], returns, atol=1e-5)
         white = (advantages - advantages.mean()) / advantages.std()
         assert np.allclose(batch.columns["advantages"], white, atol=1e-4)
         assert np.array_equal(batch.columns["values"], values)
+        assert not batch.stopped.all()
     assert np.abs(old - ref).max() > 1e-3
     assert np.abs(values).max() > 1e-2
 
@@ -758,9 +779,9 @@ def test_ppo_with_all_four_models_and_the_kl_in_its_loss(start, reward_model, wo
         judged = RewardModel.from_pretrained(reward_model).rewards(sequences(batch)).numpy()
         rewards = np.array([tiny_rewards.letters("", text, {}) for text in texts]) + 3.0 * judged
         assert metrics["reward"] == pytest.approx(rewards.mean(), abs=1e-5)
-        values, behind = run.values("critic", "values")[step]
+        values, _ = run.values("critic", "values")[step]
         zeros = np.zeros_like(values)
-        advantages, returns = by_definition(batch, rewards, zeros, zeros, values, behind, 0.0, run.loop.options)
+        advantages, returns = by_definition(batch, rewards, zeros, zeros, values, 0.0, run.loop.options)
         assert np.allclose(batch.columns["returns"], returns, atol=1e-5)
         white = (advantages - advantages.mean()) / advantages.std()
         assert np.allclose(batch.columns["advantages"], white, atol=1e-4)

@@ -3,6 +3,7 @@ whole, once resumed, and once with two ranks of policy and critic."""
 
 import json
 import os
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -101,6 +102,25 @@ def test_a_damaged_checkpoint_of_the_critic_is_passed_over_with_the_policys(whol
     assert f"at step {STEPS - 2} of {STEPS}" in said
     ours, theirs = engine_state(run, STEPS), engine_state(whole, STEPS)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_other_rewards_on_resume_are_compared_by_what_both_know(whole, world, tmp_path, capsys):
+    run = interrupted(whole, tmp_path / "ppo", STEPS - 1)
+    assert train(world, run, *ADAPTIVE, "--reward=accuracy") == 0
+    assert "held-out reward: " in capsys.readouterr().out, "the accuracy before was not measured"
+
+
+def test_a_start_without_chats_and_answers_that_do_not_fit_are_said(world, tmp_path, capsys):
+    pretrained = tmp_path / "pretrain"
+    shutil.copytree(world / "sft", pretrained)
+    (pretrained / "summary.json").write_text('{"stage": "pretrain"}')
+    few = ["--max_steps=1", "--max_new_tokens=500", "--prompts_per_step=1", "--micro_batch_tokens=512"]
+    assert train(world, tmp_path / "ppo", f"--init={pretrained}", *few, "--critic_warmup=0", "--eval_prompts=1") == 0
+    said = capsys.readouterr().out
+    assert "is a pretrained model that never saw a chat" in said
+    assert re.search(r"the model's context of 512 leaves \d+ tokens behind the longest prompt", said)
+    assert "not at --max_new_tokens 500" in said
+    assert "in passes of 1 rows of 512 tokens" in said
 
 
 @pytest.mark.parametrize("target", [[], ["--kl_target=0.05"]], ids=["fixed", "adaptive"])
