@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
@@ -33,6 +33,23 @@ class WorkerDied(Exception):
 
     def __init__(self, role: str, rank: int, why: str) -> None:
         super().__init__(f"{role} worker {rank} died: {why}")
+        self.role, self.rank = role, rank
+
+
+class WorkerHung(UserError):
+    """A worker's method did not end in time. A rollout worker is replaced like a dead one; others end the run.
+
+    Attributes:
+        role, rank: Which worker's.
+        what: What happened, without what to do about it.
+    """
+
+    def __init__(self, role: str, rank: int, what: str, seconds: float) -> None:
+        self.what = f"{role} worker {rank} did not finish to {what} within {seconds:g} s"
+        super().__init__(
+            f"{self.what}; if it is only slow, raise --timeout; the same command goes on from the last checkpoint that "
+            "--save_interval left"
+        )
         self.role, self.rank = role, rank
 
 
@@ -108,7 +125,7 @@ class WorkerGroup:
         return actor.remote(rank, self.needs.workers, self.needs.threads, *self._arguments)
 
     def restart(self, rank: int) -> None:
-        """A new worker in the place of a dead one; it knows nothing but what it was constructed with.
+        """A new worker in the place of a dead or hung one; it knows nothing but what it was constructed with.
 
         Errors: WorkerDied when there is no place for it any more: its node is gone.
         """
@@ -129,7 +146,7 @@ class WorkerGroup:
     def wait(self, references: Sequence[ray.ObjectRef], what: str) -> list[Any]:
         """The results of `all`, in order.
 
-        Errors: WorkerDied; UserError when the time is up or a worker raised one; WorkerFailed when it raised another.
+        Errors: WorkerDied; WorkerHung; UserError when a worker raised one; WorkerFailed when it raised another.
         """
         pending, ranks = list(references), {ref: rank for rank, ref in enumerate(references)}
 
@@ -147,7 +164,7 @@ class WorkerGroup:
             before = len(ready)
             ready, unready = ray.wait(pending, num_returns=before + 1, timeout=self.timeout)
             if len(ready) == before:
-                self._hung(ranks[unready[0]], what)
+                raise WorkerHung(self.role, ranks[unready[0]], what, self.timeout)
         if unready:  # a rank whose neighbour dies fails too, and perhaps sooner: the death is what to report
             ready, unready = ray.wait(pending, num_returns=len(pending), timeout=DEATH_NOTICE_SECONDS)
         for error in sorted(errors(ready), key=lambda error: not isinstance(error, WorkerDied)):
@@ -159,7 +176,7 @@ class WorkerGroup:
         try:
             return ray.get(reference, timeout=self.timeout)
         except GetTimeoutError:
-            self._hung(rank, what)
+            raise WorkerHung(self.role, rank, what, self.timeout) from None
         except RayTaskError as error:  # before the others, since it is an instance of its cause's class, too
             cause = error.cause
             if isinstance(cause, UserError):
@@ -175,12 +192,6 @@ class WorkerGroup:
         except ObjectLostError as error:  # it may live, but what it returned lay in the memory of a node that is gone
             raise WorkerDied(self.role, rank, "what it returned is lost, as with its node") from error
 
-    def _hung(self, rank: int, what: str) -> NoReturn:
-        raise UserError(
-            f"{self.role} worker {rank} did not finish to {what} within {self.timeout:g} s; if it is only slow, "
-            "raise --timeout; the same command goes on from the last checkpoint that --save_interval left"
-        ) from None
-
     def kill(self) -> None:
         """End all workers."""
         for worker in self.workers:
@@ -192,9 +203,13 @@ def _plain(error: Exception) -> str:
     return re.sub(r"\x1b\[\d*m", "", str(error))
 
 
-def _last_words(error: Exception) -> str:
+def _last_words(error: RayActorError) -> str:
+    """The cause, which Ray tells behind lines that every death has: class, actor, process, address."""
     lines = [line.strip() for line in _plain(error).splitlines() if line.strip()]
-    return next((line for line in lines if "rror" in line and "RayActorError" not in line), lines[0] if lines else "?")
+    if error.actor_init_failed:  # a traceback ends with it
+        return lines[-1]
+    told = next((line for line in lines if " because " in line), lines[0])
+    return told.rpartition("Worker exit type: ")[2]
 
 
 def place(bundles: list[Bundle], seconds: float) -> PlacementGroup:

@@ -21,7 +21,7 @@ from minigpt.rl.cluster import check_resources
 
 from .batch import RolloutBatch, restore
 from .delivery import Delivery
-from .group import InputLost, WorkerDied, WorkerGroup, place
+from .group import InputLost, WorkerDied, WorkerGroup, WorkerHung, place
 from .layout import bundles, choose_layout, sharing
 from .options import PPOOptions
 from .request import PromptRequest
@@ -100,9 +100,7 @@ class Roles:
         roles += [*(["reward"] if o.reward_model is not None else []), "rollout"]
         layout = choose_layout(o.layout, int(ray.cluster_resources().get("GPU", 0)))
         needed = bundles(layout, roles)
-        check_resources(
-            [b.resources for b in needed], [" + ".join(dict.fromkeys(r for r, _ in b.workers)) for b in needed]
-        )
+        check_resources([b.resources for b in needed], [b.roles for b in needed])
         self.placement = place(needed, seconds=60.0)
         self.groups = {
             role: WorkerGroup(CLASSES[role], role, layout, needed, self.placement, (job,), o.timeout) for role in roles
@@ -151,11 +149,18 @@ class Roles:
 
     def _tell(self, role: str, method: str) -> None:
         group = self.groups[role]
-        try:
-            group.wait(group.all(method), method)
-        except WorkerDied:
-            if role != "rollout":  # whoever waits for its answers will replace it
-                raise
+        references = group.all(method)
+        if role != "rollout":
+            group.wait(references, method)
+            return
+        for rank, reference in enumerate(references):  # also behind a dead one: the living still fill the device
+            try:
+                group.result(reference, rank, method)
+            except WorkerDied:
+                pass  # whoever waits for its answers will replace it
+            except WorkerHung as hung:
+                self.say(f"{hung.what}; it is ended")
+                ray.kill(group.workers[rank])
 
     # ---------------------------------------------------------------------------------------------------- sampling
 
@@ -172,7 +177,7 @@ class Roles:
         return Asked(rollout.workers[rank], loading, rollout.one(rank, "generate", request))
 
     def collect(self, sampling: Sampling) -> RolloutBatch:
-        """Wait for the answers; by ascending sample number, each once. A dead worker is replaced and asked again."""
+        """Wait for the answers; by ascending sample number, each once. A new worker answers for a dead or hung one."""
         with self.clock.phase("generate"):
             parts = [self._collect_one(rank, sampling) for rank in range(len(self.groups["rollout"]))]
         self._note("generate", [part for _, part in parts])
@@ -186,7 +191,7 @@ class Roles:
     def _collect_one(self, rank: int, sampling: Sampling) -> tuple[Timed[int], Timed[RolloutBatch]]:
         rollout = self.groups["rollout"]
         dead: Any = None  # the worker that has to be replaced
-        death: WorkerDied | None = None
+        death = ""
         for attempt in range(ATTEMPTS):
             try:
                 if dead is not None:
@@ -202,11 +207,11 @@ class Roles:
             except InputLost as loss:
                 publisher = self.delivery.publisher_of(loss.reference)
                 raise WorkerDied("policy", publisher, "the weights that it had published are gone") from loss
-            except WorkerDied as error:
+            except (WorkerDied, WorkerHung) as error:
                 if error.role != "rollout" or attempt + 1 == ATTEMPTS:
                     raise
-                dead = sampling.asked[rank].worker if death is None else rollout.workers[rank]
-                death = error
+                dead = rollout.workers[rank] if death else sampling.asked[rank].worker
+                death = error.what if isinstance(error, WorkerHung) else str(error)
         raise AssertionError
 
     # ---------------------------------------------------------------------------------------------------- judging
