@@ -23,6 +23,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,6 +40,9 @@ START_SECONDS = 60.0
 """For imports; also for taking a batch, which needs milliseconds unless the machine swaps."""
 CHUNKS_A_PROCESS = 4  # of a batch, so that one slow completion does not leave the other workers idle
 MAX_FAILURES = 5
+HOPELESS_PROMPTS = 8
+"""A reward that is too slow for answers to so many prompts of a batch, and in time for none, is broken. (All answers to
+one prompt may hang.)"""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Many small processes want one thread each; OpenBLAS also takes address space for each thread that it might start."""
 
@@ -75,7 +79,7 @@ class RewardPool:
     A call that hangs, crashes, raises or returns no finite number is a failure. It counts as the worst that the
     function returned for another completion of the batch, or as 0 if that is worse: where all values are negative, an
     answer that could not be judged must not be the best. (Left out of the loss, what makes a verifier hang would be
-    free.)
+    free.) The first call that hangs is told at once, on stderr: each of them costs the whole limit of time.
 
     Raises:
         UserError: a spec is wrong or its module cannot be imported; a limit makes no sense.
@@ -98,6 +102,7 @@ class RewardPool:
             if not 0 < value < math.inf:
                 raise UserError(f"rewards with {name}={value} cannot be computed: give a number above 0")
         self.timeout = timeout
+        self._told = False  # that a call took too long
         self._workers = [_Worker(list(specs), memory_mb) for _ in range(processes)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
@@ -115,28 +120,61 @@ class RewardPool:
     def score(
         self, prompts: Sequence[str], completions: Sequence[str], references: Sequence[Mapping[str, Any]]
     ) -> Scores:
-        """Rewards of N completions; `minigpt.rl.rewards` says what the three arguments of each are."""
+        """Rewards of N completions; `minigpt.rl.rewards` says what the three arguments of each are.
+
+        Errors: UserError when a reward is too slow for whatever it is asked, or no process can take the batch.
+        """
         items = list(zip(prompts, completions, map(dict, references), strict=True))
         chunks = CHUNKS_A_PROCESS * len(self._workers) if len(self._workers) > 1 else 1
         size = max(1, math.ceil(len(items) / chunks))
-        parts = self._threads.map(self._score_items, [items[i : i + size] for i in range(0, len(items), size)])
+        late: dict[str, set[str]] = {name: set() for name in self.names}
+        score_items = partial(self._score_items, late=late)
+        parts = self._threads.map(score_items, [items[i : i + size] for i in range(0, len(items), size)])
         return self._collect([reply for part in parts for reply in part], len(items))
 
-    def _score_items(self, items: list[Item]) -> list[dict[str, Any]]:
-        """One reply for each item and reward: {"reward", "metrics"} or {"error"}."""
+    def _score_items(self, items: list[Item], late: dict[str, set[str]]) -> list[dict[str, Any]]:
+        """One reply for each item and reward: {"reward", "metrics"} or {"error"}.
+
+        Args:
+            items: What to judge.
+            late: By reward, the prompts that it was too slow for in the whole batch, until it is in time for one.
+        """
         worker = self._idle.get()
         replies: list[dict[str, Any]] = []
         try:
             while len(replies) < len(items) * len(self.names):
                 worker.send(items, len(replies))
                 while len(replies) < len(items) * len(self.names):
+                    item, index = divmod(len(replies), len(self.names))
                     reply = worker.receive(self.timeout)
                     replies.append(reply)
+                    if reply.get("late"):
+                        self._note_late(self.names[index], items[item][0], late)
+                    else:
+                        late.pop(self.names[index], None)
                     if not worker.alive:
                         break
         finally:
             self._idle.put(worker)
         return replies
+
+    def _note_late(self, name: str, prompt: str, late: dict[str, set[str]]) -> None:
+        if not self._told:
+            self._told = True
+            print(
+                f"the reward {name} took more than {self.timeout:g} s (--reward_timeout); each such call is a failure, "
+                "and the step waits for it",
+                file=sys.stderr,
+                flush=True,
+            )
+        prompts = late.get(name, set())
+        prompts.add(prompt)
+        if name in late and len(prompts) >= HOPELESS_PROMPTS:
+            raise UserError(
+                f"the reward {name} took more than {self.timeout:g} s for answers to {len(prompts)} prompts and was in "
+                "time for none: mend it, or raise --reward_timeout; the same command goes on from the last checkpoint "
+                "that --save_interval left"
+            )
 
     def _collect(self, replies: list[dict[str, Any]], n: int) -> Scores:
         parts: dict[str, np.ndarray] = {name: np.zeros(n, dtype=np.float32) for name in self.names}
@@ -235,18 +273,18 @@ class _Worker:
         raise UserError(f"reward processes with memory_mb={self.memory_mb} die of taking a batch: raise that number")
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next reply; when there is none, {"error"} with the reason, and the process is ended."""
+        """The next reply; when there is none, {"error"}, "late" if it is that, and the process is ended."""
         assert self.connection is not None
         try:
             if self.connection.poll(seconds):
                 return json.loads(self.connection.recv_bytes())
-            why = f"took more than {seconds:g} s"
+            failure: dict[str, Any] = {"error": f"took more than {seconds:g} s", "late": True}
         except (EOFError, OSError):
-            why = self._cause_of_death()
+            failure = {"error": self._cause_of_death()}
         if self.closed:
             raise RuntimeError("the reward pool was closed")
         self.stop()
-        return {"error": why}
+        return failure
 
     def _cause_of_death(self) -> str:
         assert self.process is not None

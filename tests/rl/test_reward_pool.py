@@ -241,6 +241,21 @@ def test_a_failure_is_never_better_than_an_answer_that_was_judged(functions, pro
     assert scores.rewards[scores.failed].max() <= min([0, *scores.rewards])
 
 
+def test_a_reward_that_is_in_time_for_nothing_is_told_at_once_and_ends_the_batch(functions, capsys):
+    """Seven prompts are not enough, however many answers they have, nor more of them beside one that was in time."""
+    prompts = [str(i) for i in range(100)]
+    with RewardPool(["accuracy", functions("misbehave")], processes=4, timeout=0.3) as pool:
+        assert pool.score(["0"] * 8 + prompts[:7], ["sleep"] * 15, [REFERENCE] * 15).failed.all()
+        scores = pool.score(prompts[:13], ["fine"] + ["sleep"] * 12, [REFERENCE] * 13)
+        assert scores.failed.tolist() == [False] + [True] * 12
+        assert capsys.readouterr().err.count("misbehave took more than 0.3 s (--reward_timeout)") == 1
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"misbehave took more than 0.3 s for answers to \d+ prompts .* mend it"):
+            pool.score(prompts, ["sleep"] * 100, [REFERENCE] * 100)
+        assert time.monotonic() - started < 5
+        assert score(pool, ["fine"]).rewards.tolist() == [0.5]
+
+
 @pytest.mark.parametrize("bad", MISBEHAVIOUR)
 def test_a_failure_says_what_happened(functions, bad):
     with RewardPool([functions("misbehave")], timeout=1, memory_mb=512) as pool:
