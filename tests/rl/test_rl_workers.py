@@ -5,7 +5,9 @@ import copy
 import gc
 import inspect
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -342,6 +344,14 @@ def test_loss_and_gradient_are_those_of_the_formula_in_float64(run, batch, optio
         assert difference < 1e-5, f"{name}: {difference}"
 
 
+def test_a_sampler_whose_log_probs_are_nan_has_no_perfect_gap(run, batch):
+    columns = {"advantages": advantages_of(batch)}
+    broken = replace(batch, behaviour_log_probs=np.full_like(batch.behaviour_log_probs, np.nan))
+    seen = make_policy(make_job(run)).update(with_columns(broken, **columns), 0.0, 0.0).value
+    assert math.isnan(seen["sampler_gap_mean"])
+    assert math.isnan(seen["sampler_gap_max"])
+
+
 def test_minibatches_are_the_answers_in_order_each_an_update_of_its_own(run, batch):
     """Two minibatches: the weights behind both are those behind two batches of half the answers."""
     columns = {name: c for name, c in off_policy(batch).items() if name != "behaviour"}
@@ -436,6 +446,16 @@ def test_a_sampler_takes_no_more_slots_than_its_gpu_has_room_for(run, monkeypatc
     monkeypatch.setattr("minigpt.rl.workers.rollout.free_memory", lambda device: weights + one)
     with pytest.raises(UserError, match="shorter prompts"):
         worker.setup()
+
+
+@pytest.mark.parametrize("judged", [4, 50])
+def test_a_sampler_has_slots_for_its_share_of_the_prompts(run, judged):
+    job = make_job(run, prompts_per_step=10, samples_per_prompt=3, eval_prompts=judged)
+    for world_size in (1, 2, 3, 20):
+        worker = RolloutWorker(0, world_size, 1, job)
+        worker.device = torch.device("cpu")
+        shares = [make_request(*sizes).share(0, world_size) for sizes in ((10, 3), (judged, 1))]
+        assert worker._slots() == max(len(share.sample_ids) for share in shares)
 
 
 def test_a_version_that_is_there_already_is_not_loaded_again(run):

@@ -63,11 +63,11 @@ class CriticWorker(TrainedWorker):
         norms = []
         for _ in range(o.update_epochs):
             for window in windows:
-                (count,) = self.engine.processes.sum([float(window.mine.answer_lens.sum())])
+                count = float(batch.answer_lens[window.chosen].sum())
                 for one in window.passes:
                     tensors = self._tensors(one, self.network, ["labels", "values", "returns"])
-                    output = self.engine.forward_backward(tensors, 1.0 / max(1.0, count))
-                    total += float(output) / max(1.0, count)
+                    output = self.engine.forward_backward(tensors, 1.0 / count)
+                    total += float(output) / count
                 result = self.engine.step(learning_rate)
                 norms.append(result.grad_norm)
                 skipped += not result.applied

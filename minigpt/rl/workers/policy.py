@@ -35,7 +35,7 @@ from ..publish import (
     weight_buckets,
 )
 from .base import Timed, loaded, timed
-from .trained import TrainedWorker, Window
+from .trained import TrainedWorker
 
 
 class PolicyStage(AdapterStage):
@@ -112,7 +112,7 @@ class PolicyWorker(TrainedWorker):
         columns = {
             **{name: batch.columns[name] for name in self._columns(batch) if name in batch.columns},
             "behaviour_log_probs": batch.behaviour_log_probs,
-            "weights": np.zeros_like(batch.behaviour_log_probs),
+            "weights": self._token_weights(batch)[0],
         }
         windows = self._windows(batch, columns)
         if not o.pays_for_more_than_rewards:  # a step without any advantage would be the momentum's alone
@@ -125,10 +125,11 @@ class PolicyWorker(TrainedWorker):
         for epoch in range(o.update_epochs):
             order = np.random.default_rng([o.seed, int(batch.sample_ids[0]), epoch]).permutation(len(windows))
             for window in (windows[i] for i in order):
-                denominator = self._weigh(window)
-                labels += float(window.mine.answer_lens.sum())
+                chosen = batch.take(window.chosen)
+                _, denominator = self._token_weights(chosen)
+                labels += len(chosen.behaviour_log_probs)
                 optimizer_steps += 1
-                scale = 1.0 / denominator if denominator else 0.0
+                scale = 1.0 / denominator
                 for one in window.passes:
                     tensors = self._tensors(one, self.network, names)
                     tensors["kl_coefficient"] = coefficient
@@ -141,9 +142,7 @@ class PolicyWorker(TrainedWorker):
                 result = self.engine.step(learning_rate)
                 norms.append(result.grad_norm)
                 skipped += not result.applied
-        loss, *metrics, labels, gap_sum, gap_n = self.engine.processes.sum(
-            [*sums.tolist(), labels, gaps.total, float(gaps.count)]
-        )
+        loss, *metrics, gap_sum, gap_n = self.engine.processes.sum([*sums.tolist(), gaps.total, float(gaps.count)])
         found = {"loss": loss / optimizer_steps}
         found |= {name: x / max(1.0, labels) for name, x in zip(self.terms.metrics, metrics, strict=True)}
         if "ref_log_probs" not in self._columns(batch):
@@ -164,17 +163,13 @@ class PolicyWorker(TrainedWorker):
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
         return float(tensor)
 
-    def _weigh(self, window: Window) -> float:
-        """Put the weight of every answer token into the passes; returns the denominator of all ranks."""
-        o, mine = self.job.options, window.mine
-        ids = torch.from_numpy(mine.spread(np.arange(len(mine))))
-        weights, denominator = token_weights(
-            torch.ones(len(ids), dtype=torch.bool), ids, len(mine), o.aggregation, o.max_new_tokens
-        )
-        for one in window.passes:
-            one.arrays["weights"] = one.arrays["weights"].copy()
-            one.arrays["weights"].reshape(-1)[one.positions] = weights.numpy()[one.answer_tokens]
-        return self.engine.processes.sum([denominator])[0]
+    def _token_weights(self, batch: RolloutBatch) -> tuple[np.ndarray, float]:
+        """The weight of every answer token, float32 [A], and the denominator; every rank has the whole batch."""
+        o = self.job.options
+        ids = torch.from_numpy(batch.spread(np.arange(len(batch))))
+        every = torch.ones(len(ids), dtype=torch.bool)
+        weights, denominator = token_weights(every, ids, len(batch), o.aggregation, o.max_new_tokens)
+        return weights.numpy(), denominator
 
     def open_transport(self) -> tuple[tuple[str, int], list[list[Entry]]]:
         """Where the group for broadcasts can meet, and what will come in each bucket; asked of rank 0."""
@@ -277,4 +272,4 @@ class _Gap:
         if len(differences):
             self.total += float(differences.sum(dtype=np.float64))
             self.count += len(differences)
-            self.largest = max(self.largest, float(np.abs(differences).max()))
+            self.largest = float(np.maximum(self.largest, np.abs(differences).max()))  # `max` would lose a NaN

@@ -52,12 +52,13 @@ class RolloutWorker(Worker):
         )
 
     def _slots(self) -> int:
-        """Answers that are worked on together: as many as wanted, or as have room in the GPU's memory.
+        """Answers that are worked on together: as many as come here, or as have room in the GPU's memory.
 
         Errors: UserError when not even one has.
         """
         o, longest = self.job.options, self.job.longest
-        wanted = min(o.rollout_slots, max(o.answers_per_step, o.eval_prompts))
+        asked, judged = (-(-prompts // self.world_size) for prompts in (o.prompts_per_step, o.eval_prompts))
+        wanted = min(o.rollout_slots, max(asked * o.samples_per_prompt, judged))
         free = free_memory(self.device)
         if free is None:
             return wanted
