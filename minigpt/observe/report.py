@@ -251,7 +251,9 @@ def _rl_judgements(run: Run) -> list[str]:
             "give it a --critic_warmup or another --critic_learning_rate."
         )
     if failures := sum(record.get("reward_failures", 0.0) for record in run.of_kind("train")):
-        sentences.append(f"**{failures:,.0f} rewards failed and counted 0;** the log says why.")
+        sentences.append(
+            f"**{failures:,.0f} rewards failed and count as the worst of their batch, at most 0;** the log says why."
+        )
     if zero := always_zero(run.curve()):
         sentences.append(f"0 at every step, and not drawn: {', '.join(zero)}.")
     return sentences
