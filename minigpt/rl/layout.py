@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from minigpt.errors import UserError
 
 ROLES = ("policy", "critic", "reference", "reward", "rollout")
+ENGINES = ("policy", "critic")  # their workers are ranks of one DeepSpeed engine
 NAMED = ("laptop", "colocate", "split")
 
 
@@ -163,6 +165,8 @@ def bundles(layout: Layout, roles: list[str]) -> list[Bundle]:
 
     The share of a GPU of a role that the run does not have stays with those that it was to sit beside: two ranks of an
     engine, each with less than half a GPU, would be put on the same one.
+
+    Errors: UserError for ranks that could come to lie on one GPU also with it.
     """
     placed: dict[tuple[str, int], Bundle] = {}
     found: list[Bundle] = []
@@ -183,5 +187,27 @@ def bundles(layout: Layout, roles: list[str]) -> list[Bundle]:
             if (bundle := placed.get((layout[role].beside or "", rank))) is not None:
                 bundle.resources["GPU"] = round(bundle.resources.get("GPU", 0.0) + layout[role].gpus, 6)
     for bundle in found:
+        _keep_ranks_apart(bundle, layout)
         bundle.resources.setdefault("CPU", 0.01)  # an empty bundle cannot be placed
     return found
+
+
+def _keep_ranks_apart(bundle: Bundle, layout: Layout) -> None:
+    """Ray puts what fits on one GPU, and NCCL would refuse two ranks there long after the start."""
+    share = bundle.resources.get("GPU", 0.0)
+    for role, _ in bundle.workers:
+        if role in ENGINES and layout[role].workers > 1 and 0 < share <= 0.5:
+            raise UserError(
+                f"two of the {layout[role].workers} ranks of {role} could come to lie on one GPU, which NCCL refuses, "
+                f"since each has {share:g} of one: give each more than half, together with what runs beside it"
+            )
+
+
+def strangers(needed: list[Bundle]) -> tuple[str, str] | None:
+    """Roles of two bundles that fit on one GPU: there they would not give way to each other, as `sharing` knows only of
+    those that are beside each other."""
+    parts = [bundle for bundle in needed if 0 < bundle.resources.get("GPU", 0.0) < 1]
+    for one, other in combinations(parts, 2):
+        if one.roles != other.roles and one.resources["GPU"] + other.resources["GPU"] <= 1:
+            return one.roles, other.roles
+    return None

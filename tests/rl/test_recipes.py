@@ -7,7 +7,7 @@ import pytest
 
 from minigpt.cli import parse_options
 from minigpt.errors import UserError
-from minigpt.rl.layout import ROLES, bundles, choose_layout
+from minigpt.rl.layout import ROLES, bundles, choose_layout, sharing, strangers
 from minigpt.rl.options import GRPOOptions, PPOOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -22,6 +22,11 @@ def options_of(name: str, monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # the paths in recipes begin there
     kind = PPOOptions if name.startswith("ppo") else GRPOOptions
     return parse_options(kind, ["--config", str(FOLDER / f"{name}.yaml")])
+
+
+def written(tmp_path: Path, layout: str):
+    (tmp_path / "layout.yaml").write_text(layout)
+    return choose_layout(str(tmp_path / "layout.yaml"), 2)
 
 
 def test_every_recipe_is_for_a_machine_that_is_named_here():
@@ -82,11 +87,9 @@ WRONG = {
 
 @pytest.mark.parametrize(("layout", "sentence"), WRONG.values(), ids=WRONG)
 def test_a_layout_with_a_wrong_value_is_refused_in_one_sentence(tmp_path, layout, sentence):
-    path = tmp_path / "layout.yaml"
-    path.write_text(layout)
     with pytest.raises(UserError) as refused:
-        choose_layout(str(path), 2)
-    assert str(refused.value).startswith(f"{path}: ")
+        written(tmp_path, layout)
+    assert str(refused.value).startswith(f"{tmp_path / 'layout.yaml'}: ")
     assert sentence in str(refused.value)
 
 
@@ -97,11 +100,47 @@ def test_a_layout_that_is_written_by_hand_gives_each_worker_its_place():
     assert [bundle.workers for bundle in found if len(bundle.workers) == 1] == [[("rollout", r)] for r in range(12)]
 
 
+@pytest.mark.parametrize("engine", ["policy", "critic"])
+def test_ranks_of_an_engine_that_fit_on_one_gpu_are_refused(tmp_path, engine):
+    """Ray would put them there, and NCCL say `Duplicate GPU` when all is loaded."""
+    half = f"{engine}: {{workers: 2, gpus: 0.5}}\n"
+    with pytest.raises(UserError) as refused:
+        bundles(written(tmp_path, half), list(ROLES))
+    assert f"two of the 2 ranks of {engine} could come to lie on one GPU" in str(refused.value)
+    assert "each has 0.5 of one: give each more than half" in str(refused.value)
+    more = "{workers: 2, gpus: 0.51}"
+    beside = f"{half}reward: {{workers: 2, gpus: 0.1, beside: {engine}}}"
+    for enough in (f"{engine}: {more}", f"{engine}: {{gpus: 0.5}}", f"{engine}: {{workers: 2}}", beside):
+        assert bundles(written(tmp_path, enough), ["policy", "critic", "rollout"])
+
+
+def test_fractions_of_a_gpu_that_nobody_said_are_shared_are_noticed(tmp_path):
+    def found(layout: str):
+        return strangers(bundles(written(tmp_path, layout), ["policy", "rollout"]))
+
+    assert found("policy: {gpus: 0.5}\nrollout: {gpus: 0.5}") == ("policy", "rollout")
+    assert found("policy: {gpus: 0.5}\nrollout: {gpus: 0.5, beside: policy}") is None
+    assert found("policy: {gpus: 0.6}\nrollout: {gpus: 0.5}") is None
+    assert found("rollout: {workers: 2, gpus: 0.5}") is None, "they do the same at the same time"
+
+
+@pytest.mark.parametrize("name", ["laptop", "colocate", "split", str(FOLDER / "layout_2x8gpu.yaml")])
+@pytest.mark.parametrize("roles", [["policy", "rollout"], WITHOUT_CRITIC, list(ROLES)])
+def test_who_sleeps_for_whom_when_nobody_says(name, roles):
+    """All that share a GPU; a sampler with one of its own never does."""
+    found = sharing(choose_layout(name, 16), roles, None)
+    if name == "laptop":
+        assert found == {}
+    elif name == "colocate":
+        assert found == {role: set(roles) - {role} for role in roles}
+    else:
+        assert found == {role: set(roles) - {role, "rollout"} if role != "rollout" else set() for role in roles}
+
+
 def test_the_layouts_in_the_guide_are_layouts(tmp_path):
     pages = [REPOSITORY / "docs" / name for name in ("rl.md", "rl.zh-CN.md")]
     blocks = [re.findall(r"^```yaml\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S) for page in pages]
     assert len(blocks[0]) == 2
     assert blocks[0] == blocks[1]
     for block in blocks[0]:
-        (tmp_path / "layout.yaml").write_text(block)
-        assert bundles(choose_layout(str(tmp_path / "layout.yaml"), 2), WITHOUT_CRITIC)
+        assert bundles(written(tmp_path, block), WITHOUT_CRITIC)
