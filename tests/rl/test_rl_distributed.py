@@ -1,8 +1,7 @@
 """The policy on one rank and on two, at every ZeRO stage, as Ray actors: the same log-probabilities, the same weights
 behind the same updates, the same bytes for the samplers."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,24 @@ from minigpt.rl.group import WorkerDied, WorkerFailed, WorkerGroup, place
 from minigpt.rl.layout import Role, bundles, choose_layout, laptop
 from minigpt.rl.publish import Published, unpack
 from minigpt.rl.roles import CLASSES, Roles
-from minigpt.rl.workers import CriticWorker, PolicyWorker, RolloutWorker
+from minigpt.rl.workers import CriticWorker, Job, PolicyWorker, RolloutWorker
 from minigpt.trainer.setup import load_masters
 
 pytestmark = pytest.mark.slow
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+STAGES = (0, 1, 2, 3)
 # (ranks, ZeRO stage); the first is what the others are compared with
-WORLDS = [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)]
+WORLDS = [(1, 1), *((2, stage) for stage in STAGES)]
 TOLERANCE = 1e-5  # of the norm of each tensor: sums over two ranks are taken in another order
+# Whose denominators are summed over the ranks otherwise than tokens are counted, and terms that are weighed by them
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "gspo, every answer alike": {"objective": "gspo", "aggregation": "sequence", "clip_low": 0.02},
+    "behaviour correction and entropy, over a constant": {
+        **{"aggregation": "constant", "behaviour_correction": True, "behaviour_cap": 1.1},
+        "entropy_coefficient": 0.1,
+    },
+}
 
 
 @dataclass
@@ -40,6 +48,7 @@ class Result:
 
     log_probs: np.ndarray
     metrics: list[dict[str, float]]
+    others: dict[str, list[dict[str, float]]]  # by objective: what it said of updates on the same batches
     weights: dict[str, torch.Tensor]
     published: dict[str, torch.Tensor]
     received: dict[str, torch.Tensor]
@@ -101,6 +110,21 @@ def mortal() -> type:
     return MortalSampler
 
 
+def walking(worker: type) -> type:
+    """Workers that become those of another job: starting a process takes longer than what it is asked here."""
+
+    class Walking(worker):
+        def become(self, job: Any, address: tuple[str, int] | None) -> Any:
+            self.job = job
+            return self.setup(address)
+
+    return Walking
+
+
+def meeting_place(group: WorkerGroup) -> tuple[str, int] | None:
+    return group.wait([group.one(0, "address")], "find a port")[0] if len(group) > 1 else None
+
+
 def weights_of(samplers: WorkerGroup, rank: int = 0) -> dict[str, torch.Tensor]:
     found = samplers.result(samplers.one(rank, "weights"), rank, "show")
     return {name: torch.from_numpy(array.copy()) for name, array in found.items()}
@@ -113,41 +137,68 @@ def published_by(policy: WorkerGroup, version: int, shares: int) -> dict[str, to
     return {name: tensor.clone() for name, tensor in unpack(whole, ray.get)}
 
 
-def learn(run: Path, folder: Path, batches: list[RolloutBatch], ranks: int, stage: int, **options: Any) -> Result:
+def learn(
+    run: Path,
+    folder: Path,
+    batches: list[RolloutBatch],
+    ranks: int,
+    stages: Sequence[int],
+    objectives: dict[str, dict[str, Any]],
+    **options: Any,
+) -> list[Result]:
+    """What a policy of so many ranks comes to at each ZeRO stage."""
     layout_file = folder / "layout.yaml"
     layout_file.write_text(f"policy: {{workers: {ranks}, threads: 1}}\nrollout: {{threads: 1}}\n")
     layout = choose_layout(str(layout_file), 0)
     needed = bundles(layout, ["policy", "rollout"])
     placement = place(needed, 60)
     several = {"kl_coefficient": 0.1, "grad_clip": 1.0, "update_epochs": 2, **options}
-    job = make_job(run, deepspeed=CONFIGS / f"zero{stage}.json", **several)
-    group = WorkerGroup(PolicyWorker, "policy", layout, needed, placement, (job,), 120.0)
-    samplers = WorkerGroup(mortal(), "rollout", layout, needed, placement, (job,), 120.0)
+
+    def job_at(stage: int, **others: Any) -> Job:
+        return make_job(run, deepspeed=CONFIGS / f"zero{stage}.json", **{**several, **others})
+
+    group = WorkerGroup(walking(PolicyWorker), "policy", layout, needed, placement, (job_at(stages[0]),), 120.0)
+    samplers = WorkerGroup(mortal(), "rollout", layout, needed, placement, (job_at(stages[0]),), 120.0)
     try:
-        loading = samplers.all("setup")
-        address = group.wait([group.one(0, "address")], "find a port")[0] if ranks > 1 else None
-        facts = group.wait(group.all("setup", address), "load")[0]
-        assert facts["parameters"] >= load_masters(run).num_parameters(), "also where they are spread over the ranks"
-        log_probs = group.wait(group.all("log_probs", batches[0]), "judge")[0].value
-        first = published_by(group, 0, ranks if stage == 3 else 1)
-        metrics = [group.wait(group.all("update", batch, 1e-3, 0.1), "learn")[0].value for batch in batches]
-        found = published_by(group, 1, ranks if stage == 3 else 1)
-        samplers.wait(loading, "load")
-        delivery = Delivery(group, samplers, pytest.fail)
-        delivery.setup("broadcast")
-        delivery.publish(2)
-        written = group.wait(group.all("export", folder), "export")[0]
-        path = next(path for path in written if path.endswith(".pth"))
-        return Result(log_probs, metrics, torch.load(path, weights_only=True), found, weights_of(samplers), first)
+        address, found = meeting_place(group), []
+        for stage in stages:
+            loading = samplers.all("setup")  # anew, so that it holds no weights of the stage before
+            others = {}
+            for name, objective in objectives.items():
+                group.wait(group.all("become", job_at(stage, **objective), address), "load")
+                others[name] = updates_of(group, batches)
+            facts = group.wait(group.all("become", job_at(stage), address), "load")[0]
+            assert facts["zero_stage"] == stage
+            assert facts["parameters"] >= load_masters(run).num_parameters(), "also where they are spread over ranks"
+            log_probs = group.wait(group.all("log_probs", batches[0]), "judge")[0].value
+            shares = ranks if stage == 3 else 1
+            first = published_by(group, 0, shares)
+            metrics = updates_of(group, batches)
+            published = published_by(group, 1, shares)
+            samplers.wait(loading, "load")
+            delivery = Delivery(group, samplers, pytest.fail)
+            delivery.setup("broadcast")
+            delivery.publish(2)
+            written = group.wait(group.all("export", folder), "export")[0]
+            weights = torch.load(next(path for path in written if path.endswith(".pth")), weights_only=True)
+            found.append(Result(log_probs, metrics, others, weights, published, weights_of(samplers), first))
+        return found
     finally:
         group.kill()
         samplers.kill()
         remove_placement_group(placement)
 
 
+def updates_of(group: WorkerGroup, batches: list[RolloutBatch]) -> list[dict[str, float]]:
+    """What the first rank of a policy says of an update on each batch."""
+    return [group.wait(group.all("update", batch, 1e-3, 0.1), "learn")[0].value for batch in batches]
+
+
 @pytest.fixture(scope="module")
 def results(run, batches, tmp_path_factory) -> dict[tuple[int, int], Result]:
-    return {world: learn(run, tmp_path_factory.mktemp("world"), batches, *world) for world in WORLDS}
+    alone = learn(run, tmp_path_factory.mktemp("alone"), batches, 1, [1], OBJECTIVES)
+    together = learn(run, tmp_path_factory.mktemp("together"), batches, 2, STAGES, OBJECTIVES)
+    return dict(zip(WORLDS, alone + together, strict=True))
 
 
 @pytest.mark.parametrize("world", WORLDS[1:], ids=lambda world: f"{world[0]} ranks, ZeRO {world[1]}")
@@ -163,46 +214,71 @@ def test_two_ranks_learn_what_one_does_at_every_zero_stage(results, run, world):
         assert (found.weights[name] - weight).norm() < TOLERANCE * weight.norm(), name
 
 
-def foresee(run: Path, batch: RolloutBatch, ranks: int, stage: int) -> tuple[list[np.ndarray], list[dict[str, float]]]:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("world", WORLDS[1:], ids=lambda world: f"{world[0]} ranks, ZeRO {world[1]}")
+def test_two_ranks_divide_what_every_objective_sums_by_the_counts_of_both(results, world, objective):
+    """Four steps, each with the loss and the gradient's norm behind the steps before it."""
+    found, expected = (results[one].others[objective] for one in (world, WORLDS[0]))
+    assert expected[0]["loss"] != pytest.approx(results[WORLDS[0]].metrics[0]["loss"], rel=0.1), "it is another one"
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in theirs.items()}
+
+
+@dataclass
+class Foreseen:
     """Values of answer tokens and behind the answers before and after updates of a critic, and what it said of them."""
+
+    values: list[np.ndarray]
+    metrics: list[dict[str, float]]
+
+
+def foresee(run: Path, batch: RolloutBatch, ranks: int, stages: Sequence[int]) -> list[Foreseen]:
+    """What a critic of so many ranks comes to at each ZeRO stage."""
     layout = {**laptop(), "critic": Role(workers=ranks, threads=1)}
     needed = bundles(layout, ["critic"])
     placement = place(needed, 60)
     several = {"update_epochs": 2, "minibatches": 2, "value_clip": 0.05, "grad_clip": 1.0}
-    job = make_job(run, "ppo", deepspeed=CONFIGS / f"zero{stage}.json", **several)
-    group = WorkerGroup(CriticWorker, "critic", layout, needed, placement, (job,), 120.0)
+    jobs = [make_job(run, "ppo", deepspeed=CONFIGS / f"zero{stage}.json", **several) for stage in stages]
+    group = WorkerGroup(walking(CriticWorker), "critic", layout, needed, placement, (jobs[0],), 120.0)
+
+    def judge() -> tuple[np.ndarray, np.ndarray]:
+        first, *others = (one.value for one in group.wait(group.all("values", batch), "judge"))
+        assert all(np.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+        return first
+
     try:
-        address = group.wait([group.one(0, "address")], "find a port")[0] if ranks > 1 else None
-        group.wait(group.all("setup", address), "load")
-        values, metrics = [], []
-        for _ in range(2):
-            found = [one.value for one in group.wait(group.all("values", batch), "judge")]
-            assert all(np.array_equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
-            values.append(np.concatenate(found[0]))
-            known = with_columns(batch, values=found[0][0], returns=batch.columns["returns"])
-            metrics.append(group.wait(group.all("update", known, 1e-3), "learn")[0].value)
-        values.append(np.concatenate(group.wait(group.all("values", batch), "judge")[0].value))
-        return values, metrics
+        address, results = meeting_place(group), []
+        for job in jobs:
+            group.wait(group.all("become", job, address), "load")
+            found = Foreseen([], [])
+            for _ in range(2):
+                values, behind = judge()
+                found.values.append(np.concatenate((values, behind)))
+                known = with_columns(batch, values=values, returns=batch.columns["returns"])
+                found.metrics.append(group.wait(group.all("update", known, 1e-3), "learn")[0].value)
+            found.values.append(np.concatenate(judge()))
+            results.append(found)
+        return results
     finally:
         group.kill()
         remove_placement_group(placement)
 
 
 @pytest.fixture(scope="module")
-def foreseen(run, batches) -> Callable[[int, int], tuple[list[np.ndarray], list[dict[str, float]]]]:
-    """What a critic came to, by ranks and ZeRO stage."""
+def foreseen(run, batches) -> dict[tuple[int, int], Foreseen]:
+    """What a critic came to in each world."""
     returns = np.random.default_rng(1).normal(0, 1, len(batches[0].behaviour_log_probs))
     batch = with_columns(batches[0], returns=returns)
-    return functools.cache(lambda ranks, stage: foresee(run, batch, ranks, stage))
+    return dict(zip(WORLDS, foresee(run, batch, 1, [1]) + foresee(run, batch, 2, STAGES), strict=True))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_of_the_critic_learn_what_one_does(foreseen, stage):
-    (values, metrics), (expected, theirs) = foreseen(2, stage), foreseen(1, 1)
-    for ours, right in zip(values, expected, strict=True):
+@pytest.mark.parametrize("world", WORLDS[1:], ids=lambda world: f"{world[0]} ranks, ZeRO {world[1]}")
+def test_two_ranks_of_the_critic_learn_what_one_does_at_every_zero_stage(foreseen, world):
+    found, expected = foreseen[world], foreseen[WORLDS[0]]
+    for ours, right in zip(found.values, expected.values, strict=True):
         assert np.abs(ours - right).max() < 1e-4
-    assert np.abs(expected[1] - expected[0]).max() > 1e-2, "it learned"
-    for one, other in zip(metrics, theirs, strict=True):
+    assert np.abs(expected.values[1] - expected.values[0]).max() > 1e-2, "it learned"
+    for one, other in zip(found.metrics, expected.metrics, strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 
 
@@ -221,21 +297,25 @@ def test_equal_weights_are_published_as_equal_bits_at_every_zero_stage(results, 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-def publish_in_bf16(run: Path, batch: RolloutBatch, stage: int) -> list[dict[str, torch.Tensor]]:
-    """What two ranks publish at the start and behind an update."""
+def publish_in_bf16(run: Path, batch: RolloutBatch, stages: Sequence[int]) -> list[list[dict[str, torch.Tensor]]]:
+    """What two ranks publish at the start and behind an update, at each ZeRO stage."""
     layout = {**laptop(), "policy": Role(workers=2, threads=1)}
     needed = bundles(layout, ["policy"])
     placement = place(needed, 60)
-    job = make_job(run, deepspeed=CONFIGS / f"zero{stage}.json", dtype="bf16", kl_coefficient=0.1)
-    group = WorkerGroup(PolicyWorker, "policy", layout, needed, placement, (job,), 120.0)
+    jobs = [
+        make_job(run, deepspeed=CONFIGS / f"zero{stage}.json", dtype="bf16", kl_coefficient=0.1) for stage in stages
+    ]
+    group = WorkerGroup(walking(PolicyWorker), "policy", layout, needed, placement, (jobs[0],), 120.0)
     try:
-        (address,) = group.wait([group.one(0, "address")], "find a port")
-        facts = group.wait(group.all("setup", address), "load")[0]
-        assert (facts["zero_stage"], facts["precision"]) == (stage, "bfloat16")
-        shares = 2 if stage == 3 else 1
-        first = published_by(group, 0, shares)
-        group.wait(group.all("update", batch, 1e-2, 0.1), "learn")
-        return [first, published_by(group, 1, shares)]
+        address, found = meeting_place(group), []
+        for stage, job in zip(stages, jobs, strict=True):
+            facts = group.wait(group.all("become", job, address), "load")[0]
+            assert (facts["zero_stage"], facts["precision"]) == (stage, "bfloat16")
+            shares = 2 if stage == 3 else 1
+            first = published_by(group, 0, shares)
+            group.wait(group.all("update", batch, 1e-2, 0.1), "learn")
+            found.append([first, published_by(group, 1, shares)])
+        return found
     finally:
         group.kill()
         remove_placement_group(placement)
@@ -245,8 +325,8 @@ def test_what_is_published_in_bf16_is_the_same_at_every_zero_stage_bit_for_bit(r
     """At the start, where it is what torch rounds the float32 weights to, and behind an update. Stage 0 has no float32
     masters, so it does not train in bf16."""
     with pytest.raises(UserError, match="ZeRO stage 0 keeps no float32 masters and trains bf16 badly"):
-        publish_in_bf16(run, batches[0], 0)
-    (start, learned), *others = (publish_in_bf16(run, batches[0], stage) for stage in (1, 2, 3))
+        make_policy(make_job(run, deepspeed=CONFIGS / "zero0.json", dtype="bf16"))
+    (start, learned), *others = publish_in_bf16(run, batches[0], [1, 2, 3])
     before = load_masters(run).state_dict()
     for name, tensor in start.items():
         assert torch.equal(tensor, before[name].bfloat16()), name
@@ -350,7 +430,7 @@ def test_what_is_broadcast_are_the_bits_that_the_store_holds_at_every_zero_stage
 
 
 def test_weights_with_their_adapters_are_published_at_zero_3_beside_shares_of_others(run, batches, tmp_path):
-    found = learn(run, tmp_path, batches, 3, 3, lora_rank=4, lora_targets=["q_proj", "down_proj"])
+    (found,) = learn(run, tmp_path, batches, 3, [3], {}, lora_rank=4, lora_targets=["q_proj", "down_proj"])
     before = load_masters(run).state_dict()
     assert found.published.keys() == {name for name in before if name != "lm_head.weight"}
     assert any(tensor.numel() % 3 for tensor in found.published.values()), "the last shares are filled up"
@@ -360,7 +440,7 @@ def test_weights_with_their_adapters_are_published_at_zero_3_beside_shares_of_ot
 
 
 def test_an_adapter_alone_is_published_and_broadcast_at_zero_3(run, batches, tmp_path):
-    found = learn(run, tmp_path, batches, 2, 3, lora_rank=4, publish="adapter")
+    (found,) = learn(run, tmp_path, batches, 2, [3], {}, lora_rank=4, publish="adapter")
     adapter = {name for name in found.received if "lora_" in name}
     assert found.published.keys() == adapter
     assert all(found.published[name].any() for name in adapter), "it learned"
