@@ -331,6 +331,7 @@ def test_an_interrupted_run_of_rewards_is_reported_from_its_metrics_alone(tmp_pa
         ({"zero_variance_groups": 0.7, "accuracy": 0.1}, "most are wrong: ask easier questions"),
         ({"truncated": 0.4}, "**40.0 % of the late answers were cut off at the limit;** raise --max_new_tokens"),
         ({"sampler_gap_mean": -0.05}, "**Sampler and policy disagree**"),
+        ({"sampler_gap_mean": 0.003, "version_lag": 0.0, "ratio": 1.0}, "**Sampler and policy disagree** by 0.003"),
         ({"clip_fraction": 0.5}, "**50.0 % of the tokens are clipped;** lower --learning_rate"),
         ({"explained_variance": -0.3}, "**The critic predicts worse than a constant**"),
         ({"reward_failures": 2.0}, "**80 rewards failed and count as the worst of their batch, at most 0;**"),
@@ -339,6 +340,19 @@ def test_an_interrupted_run_of_rewards_is_reported_from_its_metrics_alone(tmp_pa
 def test_what_goes_wrong_in_a_run_of_rewards_is_said(tmp_path, good_rl_report, changed, sentence):
     assert sentence in rl_report(tmp_path / "bad", **changed)
     assert sentence not in good_rl_report
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        {"sampler_gap_mean": 5e-4, "version_lag": 0.0, "ratio": 1.0},
+        {"sampler_gap_mean": -0.005, "version_lag": 1.0, "ratio": 1.0},
+        {"sampler_gap_mean": -0.005, "version_lag": 0.0, "ratio": 1.001},
+    ],
+    ids=["rounding in bf16", "answers of the version before", "several updates a step"],
+)
+def test_what_rounding_and_updates_put_between_sampler_and_policy_is_no_fault(tmp_path, seen):
+    assert "disagree" not in rl_report(tmp_path / "grpo", **seen)
 
 
 def test_groups_of_equal_rewards_are_no_fault_where_a_critic_learns_from_them(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import time
@@ -26,6 +27,7 @@ from minigpt.rl.batch import RolloutBatch
 from minigpt.rl.options import GRPOOptions, PPOOptions
 from minigpt.rl.request import PromptRequest
 from minigpt.rl.workers import Job, PolicyWorker, RolloutWorker
+from minigpt.trainer.sleep import Sleeper
 from minigpt.trainer.weights import write_language_model
 
 SHIPPED_TOKENIZER = Path(__file__).resolve().parents[2] / "minigpt" / "model"
@@ -43,9 +45,15 @@ TINY = {
 }
 
 
-def write_run(folder: Path, sharpness: float = 1.0, tied: bool = True, shape: dict[str, int] | None = None) -> Path:
-    """The folder of a fine-tuned run with random weights; `sharpness` scales the logits, so that some tokens are
-    likelier than others."""
+def write_run(
+    folder: Path,
+    sharpness: float = 1.0,
+    tied: bool = True,
+    shape: dict[str, int] | None = None,
+    last_gain: float = 1.0,
+) -> Path:
+    """The folder of a fine-tuned run with random weights. `sharpness` scales all matrices, so that some tokens are
+    likelier than others; `last_gain` scales the last norm, so nothing but the logits, and some tokens become sure."""
     torch.manual_seed(0)
     config = MiniGPTConfig(vocab_size=6400, max_position_embeddings=512, tie_word_embeddings=tied, **(shape or TINY))
     model = MiniGPT(config)
@@ -53,6 +61,7 @@ def write_run(folder: Path, sharpness: float = 1.0, tied: bool = True, shape: di
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(sharpness)
+        model.model.norm.weight.mul_(last_gain)
     folder.mkdir(parents=True, exist_ok=True)
     write_language_model(
         folder,
@@ -206,6 +215,19 @@ def arrays_in(value: Any) -> Iterator[np.ndarray]:
 def fingerprint(value: Any) -> list[str]:
     """A hash of every array in it."""
     return [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays_in(value)]
+
+
+def bytes_held(*sleepers: Sleeper) -> int:
+    """Of all tensors where this process computes, without what sleepers have put aside and what lies in the object
+    store."""
+    gc.collect()
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
+    packed = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_mkldnn)
+    storages = {s._cdata: s for s in (tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn)}
+    whole = sum(storage.nbytes() for storage in storages.values() if storage.resizable()) + packed
+    return whole - sum(sleeper.bytes_on_cpu for sleeper in sleepers)
 
 
 @dataclass
