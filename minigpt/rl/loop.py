@@ -314,7 +314,7 @@ class Loop:
         with the value behind the last token added, a cut answer would be paid twice.
         """
         batch = experience.batch
-        values, _ = self.roles.values(batch)
+        values = self.roles.values(batch)
         token_rewards, mask = batch.padded(np.zeros_like(values))
         token_rewards[np.arange(len(batch)), batch.answer_lens - 1] = experience.rewards
         keep = torch.from_numpy(mask)

@@ -243,8 +243,8 @@ class Roles:
         """log π of every answer token by the graph that is trained, float32 [A]."""
         return self._call("policy", "log_probs", batch)[0]
 
-    def values(self, batch: RolloutBatch) -> tuple[np.ndarray, np.ndarray]:
-        """The critic's values of every answer token [A], and behind every answer [S]."""
+    def values(self, batch: RolloutBatch) -> np.ndarray:
+        """The critic's values of every answer token [A]."""
         return self._call("critic", "values", batch)[0]
 
     def _shared(self, role: str, method: str, batch: RolloutBatch, lengths: np.ndarray) -> np.ndarray:

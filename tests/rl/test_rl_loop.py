@@ -740,7 +740,7 @@ def test_ppo_learns_from_the_advantages_of_its_definition(start):
     for step, batch in enumerate(run.learned):
         texts = run.source.texts(batch, STOP_IDS, o.max_new_tokens)[1]
         rewards = [tiny_rewards.letters("", text, {}) for text in texts]
-        values, _ = run.values("critic", "values")[step]
+        values = run.values("critic", "values")[step]
         old, ref = run.values("policy", "log_probs")[step], run.values("reference", "log_probs")[step][1]
         advantages, returns = by_definition(batch, rewards, old, ref, values, 0.3, o)
         assert np.allclose(batch.columns["returns"], returns, atol=1e-5)
@@ -779,7 +779,7 @@ def test_ppo_with_all_four_models_and_the_kl_in_its_loss(start, reward_model, wo
         judged = RewardModel.from_pretrained(reward_model).rewards(sequences(batch)).numpy()
         rewards = np.array([tiny_rewards.letters("", text, {}) for text in texts]) + 3.0 * judged
         assert metrics["reward"] == pytest.approx(rewards.mean(), abs=1e-5)
-        values, _ = run.values("critic", "values")[step]
+        values = run.values("critic", "values")[step]
         zeros = np.zeros_like(values)
         advantages, returns = by_definition(batch, rewards, zeros, zeros, values, 0.0, run.loop.options)
         assert np.allclose(batch.columns["returns"], returns, atol=1e-5)

@@ -38,20 +38,13 @@ class CriticWorker(TrainedWorker):
         return self.describe()
 
     @timed
-    def values(self, batch: RolloutBatch) -> tuple[np.ndarray, np.ndarray]:
-        """V of the state in which each answer token was chosen, float32 [A], and behind the last one, [S]."""
-        found = self._run_passes(batch, {}, [], self._values_of, width=2)
-        last = np.cumsum(batch.answer_lens) - 1
-        return found[:, 0].copy(), found[last, 1]
+    def values(self, batch: RolloutBatch) -> np.ndarray:
+        """V of the state in which each answer token was chosen, float32 [A]."""
+        return self._run_passes(batch, {}, [], lambda tensors: self.engine.evaluate(tensors).float().cpu().numpy())
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """As the policy's, and one more is kept: a run killed before the policy's is written needs the one before."""
         checkpoint.save(self.engine, folder, state, self.job.options.keep_checkpoints + 1)
-
-    def _values_of(self, tensors: dict[str, torch.Tensor]) -> np.ndarray:
-        """[B·T, 2]: the value where a token is predicted, and one place on, where that token was read."""
-        values = self.engine.evaluate(tensors).float().cpu().numpy()
-        return np.stack((values, np.roll(values, -1)), axis=1)
 
     @timed
     def update(self, batch: RolloutBatch, learning_rate: float) -> dict[str, float]:

@@ -137,14 +137,12 @@ class TrainedWorker(Worker):
         columns: dict[str, np.ndarray],
         names: Sequence[str],
         run: Callable[..., np.ndarray],
-        width: int = 1,
     ) -> np.ndarray:
-        """What `run`, which returns [B·T] or [B·T, width], finds at the answer tokens; on all ranks the same."""
+        """What `run`, which returns [B·T], finds at the answer tokens, float32 [A]; on all ranks the same."""
         windows = self._windows(batch, columns)
         values = []
         for window in windows:
-            tokens = len(window.mine.behaviour_log_probs)
-            found = np.zeros((tokens, width) if width > 1 else tokens, dtype=np.float32)
+            found = np.zeros(len(window.mine.behaviour_log_probs), dtype=np.float32)
             for one in window.passes:
                 found[one.answer_tokens] = run(self._tensors(one, self.network, names))[one.positions]
             values.append(found)
