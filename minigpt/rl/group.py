@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -189,6 +189,8 @@ class WorkerGroup:
             if error.actor_init_failed:  # another one would end in the same way
                 raise WorkerFailed(self.role, rank, "start", _last_words(error), _plain(error)) from error
             raise WorkerDied(self.role, rank, _last_words(error)) from error
+        except OutOfMemoryError as error:  # Ray ended it before its node had none left
+            raise WorkerDied(self.role, rank, _plain(error).partition("\n")[0]) from error
         except ObjectLostError as error:  # it may live, but what it returned lay in the memory of a node that is gone
             raise WorkerDied(self.role, rank, "what it returned is lost, as with its node") from error
 

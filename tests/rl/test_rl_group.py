@@ -4,18 +4,19 @@ import os
 import signal
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
 import pytest
 import ray
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from tiny_rl import arrays_of, make_job, make_request, wait_until, write_run
 
 from minigpt.rl import cluster
 from minigpt.rl.batch import RolloutBatch
-from minigpt.rl.group import _last_words
+from minigpt.rl.group import WorkerDied, WorkerGroup, _last_words
 from minigpt.rl.roles import Roles
 
 pytestmark = pytest.mark.slow
@@ -48,6 +49,16 @@ def test_of_a_worker_that_cannot_start_the_error_is_told():
     assert _last_words(ActorDiedError(cause)) == "ValueError: no threads"
 
 
+def test_a_worker_that_ray_ends_for_want_of_memory_has_died(monkeypatch):
+    told = "1 worker(s) were killed due to the node running low on memory. Memory on the node was 23.1GB used"
+    group = object.__new__(WorkerGroup)
+    group.role, group.timeout = "rollout", 1.0
+    monkeypatch.setattr(ray, "get", Mock(side_effect=OutOfMemoryError(f"{told}\nOOM kill reason: 98.1%")))
+    with pytest.raises(WorkerDied) as death:
+        group.result(Mock(), 1, "answer")
+    assert (death.value.rank, str(death.value)) == (1, f"rollout worker 1 died: {told}")
+
+
 @pytest.fixture(scope="module")
 def said() -> list[str]:
     return []
@@ -77,7 +88,7 @@ def answers(roles) -> RolloutBatch:
 
 def stop(sampler: Any) -> int:
     """Let a sampler hang; its process."""
-    pid = ray.get(sampler.__ray_call__.remote(lambda self: os.getpid()))
+    pid = ray.get(sampler.__ray_call__.remote(lambda self: os.getpid()), timeout=60)
     os.kill(pid, signal.SIGSTOP)
     return pid
 

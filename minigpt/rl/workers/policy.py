@@ -157,11 +157,9 @@ class PolicyWorker(TrainedWorker):
         return found
 
     def _max_over_ranks(self, value: float) -> float:
-        if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-        return float(tensor)
+        values = np.zeros(self.world_size)
+        values[self.rank] = value
+        return float(self._sum_arrays(values).max())  # a reduction by maximum would lose a NaN, as gloo's does
 
     def _token_weights(self, batch: RolloutBatch) -> tuple[np.ndarray, float]:
         """The weight of every answer token, float32 [A], and the denominator; every rank has the whole batch."""
