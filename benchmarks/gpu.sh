@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What is to be known about this code on one GPU, in at most 8 minutes: the tests marked `gpu`, tokens/s and MFU of the
 # presets, decoding (part 1), then as many of the other benchmarks as there is time for, the most important first. What
-# found none is named at the end and has 8 minutes of its own in part 2 or 3. JSON files and Markdown tables go to OUT,
-# those of presets and decoding case by case.
-# Left out, since they measure a CPU on any machine: generate.py without --gpu, kernels.py, rl.py (it places its roles on
-# CPUs), packing.py, tokenizer.py and startup.py; and profile_step.py, whose groups are to be read, not compared.
+# found none is named at the end and has 8 minutes of its own in part 2, 3 or 4. JSON files and Markdown tables go to
+# OUT, those of presets and decoding case by case. The tests of reinforcement learning are in part 4, since they start
+# many processes; what they have to say of NCCL between GPUs takes two of them and is skipped on one.
+# Left out, since they measure a CPU on any machine: generate.py without --gpu, kernels.py, packing.py, tokenizer.py and
+# startup.py; and profile_step.py, whose groups are to be read, not compared, and what overlap gains in rl.py.
 #
 #   benchmarks/gpu.sh [OUT]               (default OUT: benchmarks/results)
 #   benchmarks/gpu.sh --part 2 [OUT]      one part only, its table in OUT/gpu-2.md
@@ -66,19 +67,23 @@ bench() {
     run "$name" "$limit" "$python" "benchmarks/$name.py" "$@" --json "$out/$name.json" --markdown "$report" "${smoke[@]}"
 }
 
+# gpu_tests NAME SECONDS TITLE FILE…: the tests marked `gpu` in these files; their last line goes into the report.
+gpu_tests() {
+    local name=$1 limit=$2 title=$3
+    shift 3
+    local tests=("$python" -m pytest -m gpu -q --no-header -p no:cacheprovider "$@")
+    [ "${#smoke[@]}" -gt 0 ] && tests+=(--collect-only) # they cannot run on every machine
+    rm -f "$out/$name.log"
+    run "$name" "$limit" "${tests[@]}"
+    [ -f "$out/$name.log" ] || return # no time was left
+    printf '## %s\n\n%s\n\n' "$title" "$(tail -n 1 "$out/$name.log")" >>"$report"
+}
+
 # The limits of each part add up to at most the 480 seconds above. A fresh process takes 15 seconds to begin and about a
 # minute to compile; what compares two programs starts them together.
 if in_part 1; then
-    mapfile -t files < <(grep -rlE "mark\.gpu" tests --include='test_*.py')
-    gpu_tests=("$python" -m pytest -m gpu -q --no-header -p no:cacheprovider "${files[@]}")
-    [ "${#smoke[@]}" -gt 0 ] && gpu_tests+=(--collect-only) # they cannot run on every machine
-    run gpu_tests 60 "${gpu_tests[@]}"
-    {
-        echo "## Tests marked gpu"
-        echo
-        tail -n 1 "$out/gpu_tests.log"
-        echo
-    } >>"$report"
+    mapfile -t files < <(grep -rlE "mark\.gpu" tests --include='test_*.py' --exclude-dir=rl)
+    gpu_tests gpu_tests 60 "Tests marked gpu" "${files[@]}"
     bench presets 345 --limit_seconds 110 --steps 16 --tokens_per_step 65536 --compile 100m 300m
     run generate_gpu 75 "$python" benchmarks/generate.py --gpu --json "$out/generate_gpu.json" --markdown "$report" "${smoke[@]}"
 fi
@@ -93,6 +98,11 @@ if in_part 3; then
     bench grpo 160 --rounds 1 --peers
     bench lora 160 --rounds 2
     bench dpo 150 --rounds 2
+fi
+if in_part 4; then
+    mapfile -t files < <(grep -rlE "mark\.gpu" tests/rl --include='test_*.py')
+    gpu_tests gpu_rl_tests 240 "Tests marked gpu, reinforcement learning" "${files[@]}"
+    bench rl 235 --gpu --parts publish memory --rounds 5
 fi
 
 if [ "${#later[@]}" -gt 0 ]; then

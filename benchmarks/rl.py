@@ -1,6 +1,6 @@
 """What reinforcement learning costs besides its models' work: publishing weights, waiting for each other, memory.
 
-    python benchmarks/rl.py [--parts publish overlap memory] [--rounds 7] [--json FILE] [--markdown FILE]
+    python benchmarks/rl.py [--parts publish overlap memory] [--gpu] [--rounds 7] [--json FILE] [--markdown FILE]
 
 publish: seconds from the policy's weights to a sampler that answers with them, at ZeRO stages 0 to 3 and by both
 transports, against copying the same tensors within a process by one thread. A part of it is what the sampler does with
@@ -11,7 +11,10 @@ sampling and t of all the rest, both without overlap, a step of g + t can become
 the most that can be gained; g and t are medians of the same rounds. It needs a core for each worker.
 
 memory: resident memory of each role's process (RSS), and of all together, in GRPO with its reference and in PPO with
-critic, reference and reward model: the largest seen from the third step on.
+critic, reference and reward model: the largest seen from the third step on. On GPUs also what they hold there together.
+
+Roles are on CPUs. With --gpu they are where a run has them by default: on one GPU they share it (and in `memory` take
+turns, so that what sleeps is in the processes' memory), of several the policy and the samplers have their own.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +40,7 @@ from minigpt.observe.hardware import probe_machine
 
 PARTS = ("publish", "overlap", "memory")
 STAGES = (0, 1, 2, 3)
-TRANSPORTS = {"object store": None, "broadcast": "gloo"}
+TRANSPORTS = ("object store", "broadcast")
 WARMUP_ROUNDS = 6
 # 90M parameters: buckets are full, and weights are most of a process
 LARGE = {**CONFIG_S, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048}
@@ -49,21 +54,21 @@ def main() -> None:
         train(arguments)
         return
     measured = {"publish": measure_publishing, "overlap": measure_overlap, "memory": measure_memory}
-    results, tables = {}, []
+    results = {}
     for part in arguments.parts:
         with tempfile.TemporaryDirectory() as scratch:
             results[part], table = measured[part](arguments, Path(scratch))
-        tables.append(table)
-        print(table, file=sys.stderr, flush=True)
-    publish("Reinforcement learning", results, "\n\n".join(tables), arguments.json, arguments.markdown)
+        # now, so that whoever ends this loses only what is missing
+        publish(f"Reinforcement learning: {part}", results, table, arguments.json, arguments.markdown)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--gpu", action="store_true", help="roles on the GPUs that there are")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="GRPO steps of each contender in a round")
-    parser.add_argument("--ranks", type=int, default=1, help="of the policy that publishes")
+    parser.add_argument("--ranks", type=int, default=1, help="of the policy that publishes, on CPUs")
     parser.add_argument("--samplers", type=int, default=1, help="rollout workers when overlapping")
     parser.add_argument("--prompts", type=int, default=8, help="of a GRPO step, each with 4 answers of --tokens")
     parser.add_argument("--tokens", type=int, default=64)
@@ -95,17 +100,18 @@ def measure_publishing(arguments: argparse.Namespace, folder: Path) -> tuple[dic
         found = {stage: publish_at(stage, arguments, folder / "init") for stage in stages}
     finally:
         cluster.disconnect()
-    return found, publishing_table(found, arguments.ranks)
+    return found, publishing_table(found)
 
 
 def publish_at(stage: int, arguments: argparse.Namespace, init: Path) -> dict[str, Any]:
-    """A policy at a ZeRO stage and one sampler: seconds of each round by what was done."""
+    """A policy at a ZeRO stage and its first sampler: seconds of each round by what was done."""
+    import ray
     import torch
     from ray.util import remove_placement_group
 
     from minigpt.rl.delivery import Delivery
     from minigpt.rl.group import WorkerGroup, place
-    from minigpt.rl.layout import Role, bundles, laptop
+    from minigpt.rl.layout import Role, bundles, choose_layout
     from minigpt.rl.workers import PolicyWorker, RolloutWorker
     from minigpt.trainer.setup import load_masters
 
@@ -128,18 +134,23 @@ def publish_at(stage: int, arguments: argparse.Namespace, init: Path) -> dict[st
             return self.seconds
 
     job = _job(init, stage)
-    layout = {**laptop(), "policy": Role(arguments.ranks, threads=1), "rollout": Role(threads=1)}
+    layout = choose_layout("auto" if arguments.gpu else "laptop", int(ray.cluster_resources().get("GPU", 0)))
+    on_gpu = layout["policy"].gpus > 0
+    if not on_gpu:
+        layout |= {"policy": Role(arguments.ranks, threads=1), "rollout": Role(threads=1)}
     needed = bundles(layout, ["policy", "rollout"])
     placement = place(needed, 60.0)
     policy = WorkerGroup(PolicyWorker, "policy", layout, needed, placement, (job,), 600.0)
     sampler = WorkerGroup(Sampler, "rollout", layout, needed, placement, (job,), 600.0)
     try:
         loading = sampler.all("setup")
-        address = policy.wait([policy.one(0, "address")], "find a port")[0] if arguments.ranks > 1 else None
+        address = policy.wait([policy.one(0, "address")], "find a port")[0] if len(policy) > 1 else None
         policy.wait(policy.all("setup", address), "load")
         sampler.wait(loading, "load")
         delivery = Delivery(policy, sampler, lambda sentence: print(sentence, file=sys.stderr))
-        source = load_masters(init).to(torch.float32 if stage == 0 else torch.bfloat16)
+        delivery.setup("broadcast")
+        backends = {"object store": None, "broadcast": delivery.backend}
+        source = load_masters(init).to("cuda" if on_gpu else "cpu", torch.float32 if stage == 0 else torch.bfloat16)
         target = [torch.empty_like(p) for p in source.parameters()]
         versions = iter(range(10_000))
 
@@ -148,11 +159,13 @@ def publish_at(stage: int, arguments: argparse.Namespace, init: Path) -> dict[st
             started = time.perf_counter()
             for old, new in zip(target, source.parameters(), strict=True):
                 old.copy_(new)
+            if on_gpu:
+                torch.cuda.synchronize()
             return time.perf_counter() - started
 
         def by(transport: str) -> Callable[[], float]:
             def deliver() -> float:
-                delivery.backend, version = TRANSPORTS[transport], next(versions)
+                delivery.backend, version = backends[transport], next(versions)
                 started = time.perf_counter()
                 delivery.publish(version)
                 sampler.wait([sampler.one(0, "load", delivery.for_worker(0, version))], "load")
@@ -170,7 +183,7 @@ def publish_at(stage: int, arguments: argparse.Namespace, init: Path) -> dict[st
         sampler.kill()
         remove_placement_group(placement)
     size = sum(p.numel() * p.element_size() for p in source.parameters())
-    return {"bytes": size, "kernels": prepared, **seconds}
+    return {"bytes": size, "ranks": len(policy), "by": backends["broadcast"], "kernels": prepared, **seconds}
 
 
 def _job(init: Path, stage: int) -> Any:
@@ -204,10 +217,11 @@ def _interleaved(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str
     return seconds
 
 
-def publishing_table(found: dict[int, dict[str, Any]], ranks: int) -> str:
+def publishing_table(found: dict[int, dict[str, Any]]) -> str:
     """Markdown: milliseconds, how many copies they are worth, and what of them the kernels' preparation took."""
+    first = next(iter(found.values()))
     lines = [
-        f"Publishing and loading, a policy of {ranks} rank(s):",
+        f"Publishing and loading, a policy of {first['ranks']} rank(s), broadcast by {first['by']}:",
         "",
         "| ZeRO | MB | copy, ms | object store, ms | / copy | broadcast, ms | / copy | of it kernels, ms |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -299,7 +313,7 @@ def measure_memory(arguments: argparse.Namespace, folder: Path) -> tuple[dict[st
     for name in ("grpo", "ppo"):
         contender = _contender(arguments, folder, name, 0)
         largest: dict[str, float] = {}
-        with running([contender], warmup_steps=2):
+        with gpu_memory(largest), running([contender], warmup_steps=2):
             contender.signal(signal.SIGCONT)
             for _ in range(arguments.steps):
                 contender.wait_for_step()
@@ -308,6 +322,35 @@ def measure_memory(arguments: argparse.Namespace, folder: Path) -> tuple[dict[st
                     largest[role] = max(largest.get(role, 0.0), megabytes)
         found[name] = largest
     return found, memory_table(found)
+
+
+@contextmanager
+def gpu_memory(largest: dict[str, float]) -> Iterator[None]:
+    """Put into `largest` the most MB that others hold on all GPUs meanwhile; nothing where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield
+        return
+
+    def held() -> float:
+        free_and_total = [torch.cuda.mem_get_info(device) for device in range(torch.cuda.device_count())]
+        return sum(total - free for free, total in free_and_total) / 1e6
+
+    ended, before, seen = threading.Event(), held(), [0.0]
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            seen.append(max(seen.pop(), held() - before))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    largest["GPU"] = seen[0]
 
 
 def role_memory(pid: int) -> dict[str, float]:
@@ -326,12 +369,18 @@ def role_memory(pid: int) -> dict[str, float]:
 
 def memory_table(found: dict[str, dict[str, float]]) -> str:
     """Markdown: MB by role and algorithm, and together."""
-    lines = ["Resident memory, MB:", "", f"| | {' | '.join(ROLES)} | together |", "|---|" + "---:|" * (len(ROLES) + 1)]
+    lines = [
+        "Resident memory, MB:",
+        "",
+        f"| | {' | '.join(ROLES)} | together | on GPUs |",
+        "|---|" + "---:|" * (len(ROLES) + 2),
+    ]
+    together = {name: sum(used.get(role, 0.0) for role in ROLES) for name, used in found.items()}
     for name, used in found.items():
         cells = " | ".join(f"{used[role]:.0f}" if role in used else "" for role in ROLES)
-        lines.append(f"| {name.upper()} | {cells} | {sum(used.values()):.0f} |")
-    grpo, ppo = (sum(found[name].values()) for name in ("grpo", "ppo"))
-    return "\n".join([*lines, "", f"GRPO takes {grpo / ppo:.2f} of PPO's memory."])
+        on_gpus = f"{used['GPU']:.0f}" if "GPU" in used else ""
+        lines.append(f"| {name.upper()} | {cells} | {together[name]:.0f} | {on_gpus} |")
+    return "\n".join([*lines, "", f"GRPO takes {together['grpo'] / together['ppo']:.2f} of PPO's memory."])
 
 
 # ---------------------------------------------------------------------------------------------------------- what is run
@@ -343,6 +392,7 @@ def _contender(arguments: argparse.Namespace, folder: Path, task: str, overlap: 
         *(sys.executable, str(Path(__file__).resolve()), "--task", task, "--folder", str(folder)),
         *("--save_dir", str(save_dir), "--overlap", str(overlap)),
         *("--prompts", str(arguments.prompts), "--tokens", str(arguments.tokens), "--dtype", arguments.dtype),
+        *(["--gpu"] if arguments.gpu else []),
     ]
     name = f"{task}, overlap {overlap}"
     return Contender(name, command, save_dir / "metrics.jsonl", folder / f"{task}{overlap}.log")
@@ -367,7 +417,7 @@ def train(arguments: argparse.Namespace) -> None:
         kl_coefficient=0.04,
         kl_in="reward" if arguments.task == "ppo" else "loss",
         overlap=int(arguments.overlap),
-        layout=str(folder / "layout.yaml"),
+        layout="auto" if arguments.gpu else str(folder / "layout.yaml"),
         dtype=arguments.dtype,
         compile=False,
         threads=1,

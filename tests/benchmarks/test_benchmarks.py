@@ -172,10 +172,13 @@ def test_the_limits_of_each_part_of_the_gpu_script_add_up_to_eight_minutes():
     script = (REPOSITORY / "benchmarks" / "gpu.sh").read_text()
     parts = re.split(r"^if in_part \d; then$", script, flags=re.MULTILINE)[1:]
     limits = [
-        {name: int(seconds) for name, seconds in re.findall(r"^    (?:run|bench) (\w+) (\d+)", part, re.MULTILINE)}
+        {
+            name: int(seconds)
+            for name, seconds in re.findall(r"^    (?:run|bench|gpu_tests) (\w+) (\d+)", part, re.MULTILINE)
+        }
         for part in parts
     ]
-    assert len(limits) == 3
+    assert len(limits) == 4
     assert max(sum(part.values()) for part in limits) <= 480
     assert list(limits[0]) == ["gpu_tests", "presets", "generate_gpu"], "the most important first"
     (a_preset,) = re.findall(r"bench presets .*--limit_seconds (\d+)", script)
@@ -279,7 +282,17 @@ def test_one_command_runs_every_benchmark(tmp_path):
         "Generation on one device, 100m",
         "Training",
         "Fine-tuning",
+        "Tests marked gpu, reinforcement learning",
+        "Reinforcement learning: publish",
+        "Reinforcement learning: memory",
     ):
         assert f"## {title}" in report
     for name in ("presets", "train", "sft", "generate_gpu"):
         assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    rl = json.loads((tmp_path / "rl.json").read_text(encoding="utf-8"))
+    assert rl["publish"]["3"]["broadcast"][0] > 0
+    assert all(seconds > 0 for seconds in rl["publish"]["3"]["kernels"])
+    grpo, ppo = ({*used} - {"GPU"} for used in (rl["memory"]["grpo"], rl["memory"]["ppo"]))
+    assert grpo == {"Policy", "Reference", "Rollout"}, "it needs fewer models"
+    assert ppo == {"Policy", "Critic", "Reference", "Reward", "Rollout"}
+    assert all(megabytes > 50 for used in rl["memory"].values() for megabytes in used.values())

@@ -217,7 +217,7 @@ def test_two_ranks_learn_what_one_does_at_every_zero_stage(results, run, world):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("world", WORLDS[1:], ids=lambda world: f"{world[0]} ranks, ZeRO {world[1]}")
 def test_two_ranks_divide_what_every_objective_sums_by_the_counts_of_both(results, world, objective):
-    """Four steps, each with the loss and the gradient's norm behind the steps before it."""
+    """Two updates of two steps each, the later ones behind what the first ones learned."""
     found, expected = (results[one].others[objective] for one in (world, WORLDS[0]))
     assert expected[0]["loss"] != pytest.approx(results[WORLDS[0]].metrics[0]["loss"], rel=0.1), "it is another one"
     for ours, theirs in zip(found, expected, strict=True):
