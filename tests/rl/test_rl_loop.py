@@ -527,8 +527,8 @@ class Watched(InlineGroup):
             self.loaded.append(self.role)
         return super().all(method, *arguments)
 
-    def wait(self, references: Any, what: str) -> list[Any]:
-        found = super().wait(references, what)
+    def result(self, reference: ray.ObjectRef, rank: int, what: str) -> Any:
+        found = super().result(reference, rank, what)
         if what == "sleep":
             self.awake.remove(self.role)
         return found

@@ -266,7 +266,7 @@ class InlineGroup:
         return [self.one(0, method, *arguments)]
 
     def wait(self, references: Sequence[ray.ObjectRef], what: str) -> list[Any]:
-        return ray.get(list(references))
+        return [self.result(reference, rank, what) for rank, reference in enumerate(references)]
 
     def result(self, reference: ray.ObjectRef, rank: int, what: str) -> Any:
         return ray.get(reference)
