@@ -13,9 +13,11 @@ from collections.abc import Callable
 
 import ray
 
-from .group import WorkerDied, WorkerGroup
+from .group import WorkerDied, WorkerGroup, WorkerHung
 from .publish import VERSIONS_KEPT, Published
-from .transport import Backend, choose_transport
+from .transport import LIMIT_S, Backend, choose_transport
+
+GRACE_S = 10.0  # in which a member whose time is up tells so
 
 
 class Delivery:
@@ -51,18 +53,15 @@ class Delivery:
         return results
 
     def _begin(self, backend: Backend, version: int) -> list[ray.ObjectRef] | None:
-        """Let everybody listen. None: somebody is dead, and whoever waits for its answers will replace it."""
+        """Let everybody listen. None: not all of them can; whoever waits for the answers of a dead one replaces it."""
         try:
             # With overlap they may sample for long; who waits for a bucket must not count that as a hanging member
             self.rollout.wait(self.rollout.all("ping"), "finish its answers")
-            if not self._joined:
-                self._joined = self._join(backend)
-            return self.rollout.all("receive", version) if self._joined else None
-        except WorkerDied as death:
-            if death.role != self.rollout.role:
-                raise
+        except WorkerDied:
             self._joined = False
             return None
+        self._joined = self._joined or self._join(backend)
+        return self.rollout.all("receive", version) if self._joined else None
 
     def _join(self, backend: Backend) -> bool:
         address, plan = self.policy.wait([self.policy.one(0, "open_transport")], "find a port")[0]
@@ -72,8 +71,21 @@ class Delivery:
             self.rollout.one(rank, "join_transport", backend, address, 1 + rank, size, shared)
             for rank in range(len(self.rollout))
         ]
-        failures = self.policy.wait([sender], "join the broadcast") + self.rollout.wait(receivers, "join the broadcast")
-        why = next(filter(None, failures), None)
+        # All at once: one that is gone makes the others wait, and none of them longer than it may
+        _, silent = ray.wait([sender, *receivers], num_returns=size, timeout=LIMIT_S + GRACE_S)
+        gone: list[str] = []
+        failed: list[str | None] = []
+        for group, rank, answer in [(self.policy, 0, sender), *((self.rollout, *one) for one in enumerate(receivers))]:
+            try:
+                if answer in silent:
+                    gone.append(f"{group.role} worker {rank} does not answer")
+                else:
+                    failed.append(group.result(answer, rank, "join the broadcast"))
+            except WorkerDied as death:
+                if group is self.policy:
+                    raise
+                gone.append(str(death))
+        why = next(filter(None, [*gone, *failed]), None)
         if why is not None:
             self.say(f"no process group for the broadcast of weights ({why}); this version takes the object store")
         return why is None
@@ -83,6 +95,9 @@ class Delivery:
             failure = self.rollout.result(reference, rank, "receive weights").value
         except WorkerDied as death:
             failure = str(death)
+        except WorkerHung as hung:
+            failure = hung.what
+            ray.kill(self.rollout.workers[rank])  # whoever waits for its answers will replace it
         if failure is None:
             self._held[rank] = version
             return

@@ -22,7 +22,7 @@ from minigpt.rl.cluster import check_resources
 from .batch import RolloutBatch, restore
 from .delivery import Delivery
 from .group import InputLost, WorkerDied, WorkerGroup, WorkerHung, place
-from .layout import bundles, choose_layout, sharing
+from .layout import ENGINES, bundles, choose_layout, sharing, strangers
 from .options import PPOOptions
 from .request import PromptRequest
 from .workers import CriticWorker, Job, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Timed
@@ -101,6 +101,11 @@ class Roles:
         layout = choose_layout(o.layout, int(ray.cluster_resources().get("GPU", 0)))
         needed = bundles(layout, roles)
         check_resources([b.resources for b in needed], [b.roles for b in needed])
+        if (pair := strangers(needed)) and o.sleep is not False:
+            say(
+                f"{pair[0]} and {pair[1]} may come to lie on one GPU, where they do not sleep for each other: put one "
+                "beside the other in the layout, give them more of a GPU, or say --sleep false"
+            )
         self.placement = place(needed, seconds=60.0)
         self.groups = {
             role: WorkerGroup(CLASSES[role], role, layout, needed, self.placement, (job,), o.timeout) for role in roles
@@ -130,7 +135,7 @@ class Roles:
 
     def _load(self, role: str) -> list[ray.ObjectRef]:
         group = self.groups[role]
-        if role not in ("policy", "critic"):
+        if role not in ENGINES:
             return group.all("setup")
         (address,) = group.wait([group.one(0, "address")], "find a port") if len(group) > 1 else [None]
         return group.all("setup", address)
@@ -147,15 +152,15 @@ class Roles:
                     self._tell(role, "wake")
             self._awake = (self._awake - leaving) | coming
 
-    def _tell(self, role: str, method: str) -> None:
-        group = self.groups[role]
+    def _tell(self, role: str, method: str, what: str = "") -> None:
+        group, what = self.groups[role], what or method
         references = group.all(method)
         if role != "rollout":
-            group.wait(references, method)
+            group.wait(references, what)
             return
         for rank, reference in enumerate(references):  # also behind a dead one: the living still fill the device
             try:
-                group.result(reference, rank, method)
+                group.result(reference, rank, what)
             except WorkerDied:
                 pass  # whoever waits for its answers will replace it
             except WorkerHung as hung:
@@ -268,6 +273,9 @@ class Roles:
     def publish(self, version: int) -> None:
         """Make the policy's weights, as they are now, available to the rollout workers."""
         self._turn("policy", *(["rollout"] if self.delivery.backend else []))
+        if self.delivery.backend:
+            with self.clock.phase("generate"):  # with overlap: who samples cannot listen to a broadcast yet
+                self._tell("rollout", "ping", "finish its answers")
         with self.clock.phase("publish"):
             results = self.delivery.publish(version)
         self._note("publish", results)

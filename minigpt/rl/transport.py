@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -52,20 +54,37 @@ class WeightGroup:
     Errors: RuntimeError when the others do not come in time.
     """
 
+    _group: Any = None  # the object itself, which no table of torch.distributed knows
+
     def __init__(self, backend: Backend, address: tuple[str, int], rank: int, size: int, limit_s: float = LIMIT_S):
-        limit = timedelta(seconds=limit_s)
         self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         self.limit_s = limit_s
-        store = TCPStore(*address, size, is_master=rank == 0, timeout=limit)
-        self._group: Any  # the object itself, which no table of torch.distributed knows
-        if backend == "nccl":
-            options = torch.distributed.ProcessGroupNCCL.Options()
-            options._timeout = limit
-            with _no_watchdog():
-                self._group = torch.distributed.ProcessGroupNCCL(store, rank, size, options)
+        # NCCL has no limit for connecting its members, and `abort` does not reach it there: who never comes costs a
+        # thread that waits as long as this process lives
+        joined: Future[None] = Future()
+        Thread(target=self._join, args=(joined, backend, address, rank, size), daemon=True).start()
+        try:
+            joined.result(limit_s)
+        except TimeoutError:
+            self.close()
+            raise RuntimeError(f"not all others joined within {limit_s:g} s") from None
+
+    def _join(self, joined: Future[None], backend: Backend, address: tuple[str, int], rank: int, size: int) -> None:
+        limit = timedelta(seconds=self.limit_s)
+        try:
+            store = TCPStore(*address, size, is_master=rank == 0, timeout=limit)
+            if backend == "nccl":
+                options = torch.distributed.ProcessGroupNCCL.Options()
+                options._timeout = limit
+                with _no_watchdog():
+                    self._group = torch.distributed.ProcessGroupNCCL(store, rank, size, options)
+            else:
+                self._group = torch.distributed.ProcessGroupGloo(store, rank, size, limit)
+            self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))  # only now NCCL connects its members
+        except BaseException as error:
+            joined.set_exception(error)
         else:
-            self._group = torch.distributed.ProcessGroupGloo(store, rank, size, limit)
-        self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))  # NCCL connects its members only now
+            joined.set_result(None)
 
     def broadcast(self, data: torch.Tensor) -> None:
         """Rank 0's bytes into everybody's `data` (uint8, on `device`), complete when this returns.
@@ -89,7 +108,8 @@ class WeightGroup:
 
     def close(self) -> None:
         """Leave, also in the middle of a broadcast."""
-        self._group.abort()
+        if self._group is not None:
+            self._group.abort()
 
 
 @contextmanager

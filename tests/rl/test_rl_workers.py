@@ -35,7 +35,8 @@ from minigpt.model.model_critic import RewardModel, ValueModel
 from minigpt.rl import cluster
 from minigpt.rl.algorithms import group_advantages
 from minigpt.rl.batch import RolloutBatch, micro_batches, restore
-from minigpt.rl.group import own_address
+from minigpt.rl.delivery import Delivery
+from minigpt.rl.group import WorkerGroup, own_address
 from minigpt.rl.loop import without_dead_groups
 from minigpt.rl.losses import PolicyLossTerms, policy_objective
 from minigpt.rl.publish import (
@@ -50,7 +51,7 @@ from minigpt.rl.publish import (
     unpack,
     weight_buckets,
 )
-from minigpt.rl.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Worker
+from minigpt.rl.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Timed, Worker
 from minigpt.trainer.checkpoint import checkpoint_folder
 from minigpt.trainer.options import PRESETS
 from minigpt.trainer.setup import load_masters
@@ -860,3 +861,65 @@ def test_several_samplers_answer_what_one_would(run, workers):
             assert np.array_equal(array, arrays_of(merged)[name]), name
         ends = expected.tokens[np.cumsum(expected.lengths) - 1]
         assert np.array_equal(expected.stopped, np.isin(ends, policy.job.stop_ids))
+
+
+# ---------------------------------------------------------------------------------------------------------- broadcast
+
+
+class Answers(WorkerGroup):
+    """A group of one worker whose answers are there already, or never come."""
+
+    def __init__(self, role: str, answers: dict[str, object]) -> None:
+        self.role, self.timeout, self.workers = role, 1.0, [None]
+        self.answers, self.asked = answers, []
+
+    def one(self, rank: int, method: str, *arguments: object) -> ray.ObjectRef:
+        self.asked.append((method, *arguments))
+        answer = self.answers.get(method)
+        return answer if isinstance(answer, ray.ObjectRef) else ray.put(answer)
+
+    def all(self, method: str, *arguments: object) -> list[ray.ObjectRef]:
+        return [self.one(0, method, *arguments)]
+
+
+@pytest.fixture
+def never() -> Iterator[ray.ObjectRef]:
+    """What a worker that hangs returns."""
+    reference = ray.remote(num_cpus=1000)(lambda: None).remote()
+    yield reference
+    ray.cancel(reference)
+
+
+def broadcast_to(answers: dict[str, object]) -> tuple[list[tuple], list[tuple], list[str]]:
+    """What the policy and one sampler are asked when version 0 is broadcast, and what is said."""
+    published = Timed(Published(0, []), 0.0)
+    policy = Answers("policy", {"open_transport": (("127.0.0.1", 0), []), "publish": published})
+    rollout, said = Answers("rollout", answers), []
+    delivery = Delivery(policy, rollout, said.append)
+    delivery.backend = "gloo"
+    delivery.publish(0)
+    return policy.asked, rollout.asked, said
+
+
+def test_who_does_not_come_to_the_broadcast_costs_a_sentence_and_not_the_run(never, monkeypatch):
+    monkeypatch.setattr("minigpt.rl.delivery.LIMIT_S", 0.1)
+    monkeypatch.setattr("minigpt.rl.delivery.GRACE_S", 0.1)
+    policy, rollout, said = broadcast_to({"join_transport": never})
+    assert policy[-1] == ("publish", 0, False), "through the object store"
+    assert rollout[-1][0] == "join_transport", "nobody was told to listen"
+    assert said == [
+        "no process group for the broadcast of weights (rollout worker 0 does not answer); this version takes the "
+        "object store"
+    ]
+
+
+def test_who_hangs_under_the_broadcast_is_ended_and_the_run_goes_on(never, monkeypatch):
+    ended = []
+    monkeypatch.setattr(ray, "kill", ended.append)
+    policy, _, said = broadcast_to({"receive": never})
+    assert policy[-1] == ("publish", 0, True)
+    assert said == [
+        "rollout worker 0 did not receive version 0 (rollout worker 0 did not finish to receive weights within 1 s); "
+        "it takes the object store"
+    ]
+    assert len(ended) == 1

@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from minigpt.rl.delivery import Delivery
+from minigpt.rl.publish import Published
+from minigpt.rl.roles import Clock, Roles
 from minigpt.rl.transport import WeightGroup, _no_watchdog, choose_transport
+from minigpt.rl.workers import Timed
 
 LIMIT_S = 4.0
 MEMBER = """
@@ -68,6 +72,58 @@ def test_a_broadcast_that_failed_is_no_success():
     with pytest.raises(RuntimeError, match="remote process exited"):
         group.broadcast(torch.zeros(1))
     assert group._group.aborted
+
+
+def test_connecting_the_members_has_a_limit_too(monkeypatch):
+    """NCCL does it in the first broadcast, in a call that returns when all are there: here one died on the way."""
+    over, left = threading.Event(), threading.Event()
+
+    class Connecting:
+        def __init__(self, *_): ...
+
+        def broadcast(self, *_):
+            over.wait(20)
+            raise RuntimeError("somebody died 20 s ago")
+
+        def abort(self):
+            left.set()
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupGloo", Connecting)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"not all others joined within 0\.5 s"):
+        WeightGroup("gloo", ("127.0.0.1", 0), 0, 1, 0.5)
+    assert time.monotonic() - started < 10
+    assert left.is_set()
+    over.set()
+
+
+def test_the_wait_for_answers_that_are_under_way_counts_as_generation_and_not_as_publishing():
+    """With overlap and samplers that are slower than the policy it is most of a step."""
+
+    class Group:
+        def __init__(self, role: str, seconds: float, published: Published | None = None) -> None:
+            self.role, self.free, self.published = role, time.monotonic() + seconds, published
+
+        def all(self, method: str, *_):
+            return [method]
+
+        def result(self, *_):
+            time.sleep(max(0.0, self.free - time.monotonic()))
+            return Timed(self.published, 0.0)
+
+        def wait(self, references, _):
+            return [self.result() for _ in references]
+
+    policy, rollout = Group("policy", 0.0, Published(1, [])), Group("rollout", 0.3)
+    roles = object.__new__(Roles)
+    roles.clock, roles._sharing, roles._awake = Clock(), {}, {"policy", "rollout"}
+    roles.groups = {"policy": policy, "rollout": rollout}
+    roles.delivery = Delivery(policy, rollout, pytest.fail)
+    roles.delivery.backend, roles.delivery._joined = "gloo", True
+    roles.publish(1)
+    assert roles.clock.waited["generate"] > 0.25
+    assert roles.clock.waited["publish"] < 0.1
+    assert roles.delivery.for_worker(0, 1).version == 1, "it was received"
 
 
 @pytest.mark.slow
