@@ -10,6 +10,8 @@ sequences end to end.
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,14 +85,26 @@ class RolloutBatch:
     @staticmethod
     def concatenate(batches: Sequence[RolloutBatch]) -> RolloutBatch:
         """All sequences of several batches, which hold the same columns."""
-        names = ("tokens", *_PER_SEQUENCE, *_PER_ANSWER_TOKEN)
-        arrays = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in names}
+        arrays = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in _SAMPLED}
         columns = {name: np.concatenate([batch.columns[name] for batch in batches]) for name in batches[0].columns}
         return RolloutBatch(**arrays, columns=columns)
+
+    def to_text(self) -> str:
+        """The answers as they were sampled, for a JSON file; `columns` come later and are not in it."""
+        file = io.BytesIO()
+        np.savez_compressed(file, **{name: getattr(self, name) for name in _SAMPLED})
+        return base64.b64encode(file.getvalue()).decode()
+
+    @staticmethod
+    def from_text(text: str) -> RolloutBatch:
+        """The answers of `to_text`, bit for bit."""
+        with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
+            return RolloutBatch(**arrays)
 
 
 _PER_SEQUENCE = ("prompt_lens", "answer_lens", "sample_ids", "prompt_rows", "stopped")
 _PER_ANSWER_TOKEN = ("behaviour_log_probs", "versions")
+_SAMPLED = ("tokens", *_PER_SEQUENCE, *_PER_ANSWER_TOKEN)
 
 
 def _pieces(lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:

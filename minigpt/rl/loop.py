@@ -36,13 +36,13 @@ RESULTS = ("loss", "reward", "tokens_per_second")  # what of a step's metrics th
 
 @dataclass
 class Position:
-    """Where a run stands; with the engines' states this is what a checkpoint holds.
+    """Where a run stands; with the engines' states and the answers under way this is what a checkpoint holds.
 
     Attributes:
         step: Steps done; also the version of the weights.
         prompts: Prompts asked so far.
-        under_way: Number of the first prompt of the answers that are under way for the next step (`overlap`); a
-            resumed run asks them again. None: nothing is.
+        under_way: Number of the first prompt of the answers that are under way for the next step (`overlap`). None:
+            nothing is.
         kl_coefficient: It moves when `kl_target` says so.
         tokens: Answer tokens of all steps, also of answers that taught nothing and were left out of the update.
         seconds: Of all steps.
@@ -112,6 +112,7 @@ class Loop:
         heldout: What is asked to judge; None: nothing.
         stop_ids: What ends an answer.
         position: Where to begin.
+        answers: What was under way there, to learn from first; None: its prompts, if any, are asked again.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Loop:
         heldout: PromptSource | None,
         stop_ids: tuple[int, ...],
         position: Position,
+        answers: RolloutBatch | None = None,
     ) -> None:
         self.options, self.roles, self.pool = options, roles, pool
         self.prompts, self.heldout, self.position = prompts, heldout, position
@@ -134,7 +136,7 @@ class Loop:
             stop_token_ids=stop_ids,
             seed=options.seed,
         )
-        self._coming: Sampling | None = None
+        self._coming: Sampling | RolloutBatch | None = answers  # for the next step: under way, or there already
         self._idle = 0  # steps in a row that had nothing to learn
         self._drawn = 0  # answer tokens that were collected in this step, also of groups that were put aside
 
@@ -146,7 +148,8 @@ class Loop:
         started = time.perf_counter()
         roles.clock.clear()
         self._drawn = 0
-        batch = roles.collect(self._coming or self._ask(o.prompts_per_step, position.under_way))
+        coming = self._coming or self._ask(o.prompts_per_step, position.under_way)
+        batch = coming if isinstance(coming, RolloutBatch) else self._collect(coming)
         self._coming = position.under_way = None
         if not o.dynamic_sampling:
             self._ask_ahead()
@@ -171,6 +174,15 @@ class Loop:
             position.under_way = position.prompts
             self._coming = self._ask(o.prompts_per_step)
 
+    def answers_under_way(self) -> RolloutBatch | None:
+        """With overlap: the next step's answers, waited for. A checkpoint holds them, since a resumed run could not
+        sample them again: their weights are one update older than the checkpoint's."""
+        if isinstance(self._coming, Sampling):
+            started = time.perf_counter()
+            self._coming = self._collect(self._coming)
+            self.position.seconds += time.perf_counter() - started  # which the next step need not wait any more
+        return self._coming
+
     def _ask(self, count: int, first: int | None = None) -> Sampling:
         """Begin to answer the next prompts, or once more those from number `first` on."""
         o, position = self.options, self.position
@@ -178,8 +190,12 @@ class Loop:
         position.prompts = max(position.prompts, first + count)
         return self.roles.sample(self.prompts.request(first, count, o.samples_per_prompt, self.sampling, position.step))
 
-    def _judge(self, batch: RolloutBatch) -> Experience:
+    def _collect(self, sampling: Sampling) -> RolloutBatch:
+        batch = self.roles.collect(sampling)
         self._drawn += len(batch.behaviour_log_probs)
+        return batch
+
+    def _judge(self, batch: RolloutBatch) -> Experience:
         with self.roles.clock.phase("rewards"):
             texts = self.prompts.texts(batch, self.stop_ids, self.options.max_new_tokens)
             rewards, metrics = self._rule_rewards(batch, texts)
@@ -229,7 +245,7 @@ class Loop:
             missing = o.prompts_per_step - len(self._informative(experience).rewards) // o.samples_per_prompt
             if not missing:
                 break
-            experience = self._together(experience, self._judge(self.roles.collect(self._ask(missing))))
+            experience = self._together(experience, self._judge(self._collect(self._ask(missing))))
         found = self._informative(experience)
         if not len(found.rewards):  # nothing to learn anywhere: a step of advantages 0, of the usual size
             return Experience(first.batch, first.rewards, experience.metrics)
@@ -381,12 +397,13 @@ class Loop:
         busy = sum(seconds for name, seconds in clock.computed.items() if name not in NO_MODEL)
         named = {f"seconds_{name}": value for name, value in clock.waited.items()}
         rates = {f"tokens_per_second_{name}": n / max(clock.computed[name], 1e-9) for name, n in clock.tokens.items()}
+        if self._drawn:  # else a checkpoint waited for the answers, or they came out of one
+            rates["generated_tokens_per_second"] = self._drawn / max(clock.computed["generate"], 1e-9)
         return {
             **named,
             **rates,
             "seconds_step": seconds,
             "overhead": max(0.0, 1 - busy / seconds) if not self.options.overlap else math.nan,
-            "generated_tokens_per_second": self._drawn / max(clock.computed["generate"], 1e-9),
             "tokens_per_second": len(batch.behaviour_log_probs) / seconds,
         }
 

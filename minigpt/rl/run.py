@@ -27,7 +27,7 @@ from minigpt.trainer.run import PACKAGES, SUMMARY, Run, write_text, writing_resu
 from minigpt.trainer.setup import Source, check_packed_for, model_folder, prepare_data, tokenizer_of, with_init
 
 from . import cluster
-from .batch import choose_row_length
+from .batch import RolloutBatch, choose_row_length
 from .cluster import SUBMITTED
 from .group import WorkerDied, WorkerFailed
 from .loop import Loop, Position
@@ -40,6 +40,9 @@ from .workers import Job, PolicyStage
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 FOLLOWS = ("reason", "dpo", "sft")
 LONG_ROW = 1024  # tokens of a packed row, if the sequences themselves are not longer
+SAMPLED_BY = {  # options that say which answers are sampled for a step, and how
+    "overlap", "prompts_per_step", "samples_per_prompt", "max_new_tokens", "temperature", "thinking", "seed",
+}  # fmt: skip
 
 
 class RLStage(PolicyStage):
@@ -174,15 +177,18 @@ class _Attempt:
         try:
             self.facts = roles.setup()
             self.run.clear()  # now: nothing is left that could be found wrong
-            position = self._resume(roles, resume)
-            self.loop = Loop(self.options, roles, self.pool, self.prompts, self.heldout, self.job.stop_ids, position)
+            position, answers = self._resume(roles, resume)
+            self.loop = Loop(
+                self.options, roles, self.pool, self.prompts, self.heldout, self.job.stop_ids, position, answers
+            )
             return self._steps(roles, position)
         finally:
             roles.close()
 
-    def _resume(self, roles: Roles, resume: bool) -> Position:
+    def _resume(self, roles: Roles, resume: bool) -> tuple[Position, RolloutBatch | None]:
+        """Where to go on, and the answers that were under way there."""
         o = self.options
-        fresh = Position(kl_coefficient=o.kl_coefficient)
+        fresh = Position(kl_coefficient=o.kl_coefficient), None
         if not resume:
             return fresh
         run_folder = self.run.folder.resolve()  # the workers are in other working directories
@@ -199,7 +205,7 @@ class _Attempt:
         adapted = o.kl_target is not None and before.get("kl_target") is not None
         if not adapted or before["kl_coefficient"] != o.kl_coefficient:  # else it goes on from where it was moved to
             position.kl_coefficient = o.kl_coefficient
-        return position
+        return position, _answers_under_way(state, o)
 
     def _check_resumable(self, state: dict[str, Any]) -> None:
         """Errors: UserError when what is learned from would be something else than it was."""
@@ -258,9 +264,11 @@ class _Attempt:
         return found
 
     def _save(self, roles: Roles, position: Position) -> None:
+        answers = self.loop.answers_under_way()
         state = {
             "step": position.step,
             "position": asdict(position),
+            "answers": None if answers is None else answers.to_text(),
             **self.run.identity(self.data, self.network),
             **self._engine_identity(),
         }
@@ -308,6 +316,15 @@ class _Attempt:
             f"{o.updates_per_step} updates in passes of {policy['rows']} rows of {self.job.row_length} tokens; "
             f"{policy['precision']}{compiled}, {policy['optimizer']}, ZeRO stage {policy['zero_stage']}; {models}"
         )
+
+
+def _answers_under_way(state: dict[str, Any], options: RLOptions) -> RolloutBatch | None:
+    """The answers that a checkpoint holds for the step after it; None: there are none (also in one of an earlier
+    MiniGPT), or other ones would be sampled now."""
+    now = asdict(options)
+    if not state.get("answers") or any(state["options"].get(name) != now[name] for name in SAMPLED_BY):
+        return None
+    return RolloutBatch.from_text(state["answers"])
 
 
 def _how_to_go_on(run: Run, saved: bool) -> str:

@@ -1,7 +1,6 @@
 """The controller on workers in this process: which prompts it asks and asks again, what it learns from, what it hands
 to whom. What passes between it and the workers goes through Ray's object store, only the actors are left out."""
 
-import copy
 import json
 import math
 import shutil
@@ -31,7 +30,7 @@ from minigpt.rl.options import GRPOOptions, PPOOptions
 from minigpt.rl.prompts import PromptSource
 from minigpt.rl.reward_pool import RewardPool
 from minigpt.rl.roles import CLASSES, Roles
-from minigpt.rl.run import RLStage, _check_judges, _prompts
+from minigpt.rl.run import RLStage, _answers_under_way, _check_judges, _prompts
 from minigpt.rl.workers import RolloutWorker, Timed
 from minigpt.trainer.options import TrainOptions
 from minigpt.trainer.setup import load_masters
@@ -80,6 +79,8 @@ class Run:
         world: Path,
         pool: RewardPool,
         position: Position | None = None,
+        checkpoint: Path | None = None,
+        answers: RolloutBatch | None = None,
         name: str = "grpo",
         stop_ids: tuple[int, ...] = STOP_IDS,
         **options: Any,
@@ -93,8 +94,10 @@ class Run:
         self.roles = Roles(job, print)
         self.roles.setup()
         position = position or Position(kl_coefficient=job.options.kl_coefficient)
+        if checkpoint is not None:
+            self.roles.load(checkpoint, None)
         self.roles.publish(position.step)
-        self.loop = Loop(job.options, self.roles, pool, self.source, None, stop_ids, position)
+        self.loop = Loop(job.options, self.roles, pool, self.source, None, stop_ids, position, answers)
 
     def calls(self, role: str, method: str) -> list[Call]:
         return [call for call in self.roles.groups[role].calls if call.method == method]
@@ -218,21 +221,47 @@ def assert_advantages_are_of_these_answers(run: Run, batch: RolloutBatch) -> Non
 
 
 @pytest.mark.parametrize("overlap", [0, 1])
-def test_a_resumed_run_asks_what_the_uninterrupted_one_would_have_asked(start, overlap):
-    """With a learning rate of 0 the weights are those of the checkpoint."""
-    run = start(dynamic_sampling=2, overlap=overlap, learning_rate=0)
-    for step in range(6):
-        if step == 3:
-            saved = copy.deepcopy(asdict(run.loop.position))
-        run.loop.step()
-    resumed = start(position=Position(**saved), dynamic_sampling=2, overlap=overlap, learning_rate=0)
+def test_a_resumed_run_learns_from_what_the_uninterrupted_one_learned_from(start, tmp_path, overlap):
+    """Also from the answers that were under way, which weights sampled that nobody has any more."""
+    options = {"dynamic_sampling": 2, "overlap": overlap, "learning_rate": 1e-2}
+    undisturbed, run = start(**options), start(**options)
+    for _ in range(6):
+        undisturbed.loop.step()
     for _ in range(3):
-        resumed.loop.step()
-    assert len(resumed.learned) == 3
-    for ours, theirs in zip(resumed.learned, run.learned[3:], strict=True):
-        assert numbers(ours) == numbers(theirs)
-        assert same(ours, theirs, but=("versions",))
-    assert resumed.loop.position.prompts == run.loop.position.prompts
+        run.loop.step()
+    answers = run.loop.answers_under_way()
+    assert (answers is not None) == bool(overlap)
+    text = None if answers is None else answers.to_text()
+    saved = json.loads(json.dumps({"step": 3, "position": asdict(run.loop.position), "answers": text}))
+    run.roles.save(tmp_path, saved)
+    place = {"position": Position(**saved["position"]), "checkpoint": tmp_path / "checkpoints" / "step_00000003"}
+    if overlap:
+        place["answers"] = RolloutBatch.from_text(saved["answers"])
+    resumed = start(**place, **options)
+    for one in (run, resumed):
+        for _ in range(3):
+            metrics = one.loop.step()
+        assert metrics["version_lag"] == overlap
+        assert len(undisturbed.learned) == 6
+        for ours, theirs in zip(one.learned[-3:], undisturbed.learned[3:], strict=True):
+            assert same(ours, theirs)
+        assert one.loop.position.prompts == undisturbed.loop.position.prompts
+        assert one.loop.position.tokens == undisturbed.loop.position.tokens
+        ours, theirs = one.weights(), undisturbed.weights()
+        assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_answers_that_other_options_would_not_sample_are_not_learned_from(world):
+    """They would be of other prompts, too many, too long, or corrected by nothing; so they are sampled again."""
+    batch = RolloutBatch(*(np.arange(3) for _ in range(8)))
+    asked = make_job(world / "sft", overlap=1, thinking=True).options
+    state = {"options": json.loads(json.dumps(asdict(asked), default=str)), "answers": batch.to_text()}
+    found = _answers_under_way(state, replace(asked, learning_rate=1.0, save_interval=3))
+    assert found is not None
+    assert same(found, batch)
+    others = {"overlap": 0, "prompts_per_step": 8, "samples_per_prompt": 2, "max_new_tokens": 5, "temperature": 0.9}
+    for name, value in {**others, "seed": 1, "thinking": None}.items():
+        assert _answers_under_way(state, replace(asked, **{name: value})) is None, name
 
 
 def test_where_no_group_teaches_anything_nothing_is_learned(start):

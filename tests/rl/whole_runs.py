@@ -29,8 +29,11 @@ def runs_without_actors() -> Iterator[None]:
         patch.setattr("minigpt.rl.roles.WorkerGroup", make_group)
         patch.setattr(cluster, "connect", lambda address: None)
         patch.setattr(cluster, "disconnect", lambda: None)
-        yield
-    cluster.disconnect()
+        try:
+            yield
+        finally:  # a test that fails here leaves no Ray to the next one
+            patch.undo()
+            cluster.disconnect()
 
 
 def interrupted(whole: Path, folder: Path, step: int) -> Path:
