@@ -17,9 +17,10 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import grpc
 import psutil
@@ -28,13 +29,15 @@ import ray
 import tiny_rewards
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
-from tiny_rl import MARK, marked, wait_until, write_world
+from tiny_rl import MARK, marked, metrics_of, run_here, wait_until, write_world
+from whole_runs import runs_without_actors
 
 from minigpt import cli
 from minigpt.errors import UserError
 from minigpt.rl.cluster import SUBMITTED, check_resources, connect, disconnect
 from minigpt.rl.group import WorkerGroup, place
 from minigpt.rl.layout import Role, bundles, laptop
+from minigpt.rl.roles import Roles
 from minigpt.rl.submit import SubmitOptions, submit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -504,71 +507,111 @@ def seeing() -> type:
     return Seeing
 
 
-ROLES_APART = """
-policy: {workers: 1, cpus: 2, threads: 1}
-rollout: {workers: 1, cpus: 1, threads: 1}
-"""  # the head has two CPUs, the other node one
+# Whole runs on the cluster
 
 
-def kill_sampler(mark: str, run: subprocess.Popen[str], checkpoint: Path) -> None:
-    """Kill -9 the sampler of a cluster in the middle of an answer, once there is a checkpoint."""
-    assert wait_until(lambda: checkpoint.exists() or run.poll() is not None, 300), "no checkpoint"
+def grpo(folder: Path, save_dir: str, *options: str) -> list[str]:
+    """A run on what `world` put into a folder."""
+    return [
+        *("train", "grpo", f"--data={folder / 'prompts'}", f"--init={folder / 'sft'}"),
+        *(f"--reward={folder / 'tiny_rewards.py'}:letters", f"--deepspeed={folder / 'zero1.json'}"),
+        *(f"--save_dir={folder / save_dir}", "--max_steps=10", "--prompts_per_step=4", "--samples_per_prompt=4"),
+        *("--max_new_tokens=64", "--rollout_slots=4", "--batch_invariant=true", "--eval_prompts=2", "--dtype=fp32"),
+        *("--save_interval=1", "--compile=false", "--tensorboard=false", "--threads=1", "--learning_rate=1e-3"),
+        *options,
+    ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """The folder of all runs; a layout in it takes both nodes: the head has two CPUs, the other one has one."""
+    root = write_world(tmp_path_factory.mktemp("world"))
+    (root / "apart.yaml").write_text("policy: {workers: 1, cpus: 2}\nrollout: {workers: 1, cpus: 1}\n")
+    shutil.copy(REPOSITORY / "ds_configs" / "zero1.json", root)
+    shutil.copy(tiny_rewards.__file__, root)
+    return root
+
+
+def start(cluster: Cluster, world: Path, save_dir: str, *options: str) -> subprocess.Popen[str]:
+    """In a folder of its own, with relative paths: the nodes' workers are in others."""
+    command = [sys.executable, "-m", "minigpt", *grpo(Path(), save_dir, *options)]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=world, env=cluster.environment, text=True, **output)
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = run.glob("*.pth")
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world) -> Path:
+    """A run with all roles in this process, which is what the others are compared with."""
+    with runs_without_actors():
+        assert run_here(*grpo(world, "alone", "--layout=laptop")) == 0
+    before, after = (weights_of(world / name)["model.norm.weight"] for name in ("sft", "alone"))
+    assert not torch.equal(before, after), "it learned"
+    return world / "alone"
+
+
+def last_step(folder: Path) -> int:
+    """The newest that has its checkpoint."""
+    return max((int(path.parent.name[-8:]) for path in folder.glob("checkpoints/step_*/manifest.json")), default=0)
+
+
+def wait_for_step(number: int, folder: Path, run: subprocess.Popen[str]) -> None:
+    assert wait_until(lambda: last_step(folder) >= number or run.poll() is not None, 300), f"no step {number}"
+
+
+def worker_amid(method: str, mark: str, run: subprocess.Popen[str]) -> psutil.Process:
+    """The worker of a cluster that is in the middle of a method, which Ray puts into its process title."""
     while run.poll() is None:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):  # it ended while we looked, or is not ours to look at
-                answering = process.cmdline()[:1] == ["ray::RolloutWorker.generate"]
-                if answering and process.environ().get(MARK) == mark:
-                    process.kill()
-                    return
+                if process.cmdline()[:1] == [f"ray::{method}"] and process.environ().get(MARK) == mark:
+                    return process
         time.sleep(0.005)
+    raise AssertionError(run.communicate()[0])
 
 
-def test_a_run_whose_roles_are_on_two_nodes_ends_with_the_bits_of_one_on_one(cluster, tmp_path):
-    """Started in a folder of its own, with relative paths: the nodes' workers are in others. And disturbed: the sampler
-    is killed in the middle of its answers."""
-    write_world(tmp_path)
-    (tmp_path / "apart.yaml").write_text(ROLES_APART)
-    (tmp_path / "together.yaml").write_text("policy: {threads: 1}\nrollout: {threads: 1}\n")
-    shutil.copy(REPOSITORY / "ds_configs" / "zero1.json", tmp_path)
-    shutil.copy(tiny_rewards.__file__, tmp_path)
+def assert_nothing_is_left(cluster: Cluster) -> None:
+    """Of a run: no process on any node, and nothing that is taken of them. The caller is a driver of the cluster."""
 
-    def start(folder: str, steps: int, *options: str) -> subprocess.Popen[str]:
-        command = [
-            *(sys.executable, "-m", "minigpt", "train", "grpo", "--data=prompts", "--init=sft"),
-            *(
-                "--reward=tiny_rewards.py:letters",
-                "--deepspeed=zero1.json",
-                f"--max_steps={steps}",
-                "--prompts_per_step=4",
-                "--samples_per_prompt=4",
-            ),
-            *("--max_new_tokens=64", "--rollout_slots=4", "--batch_invariant=true", "--eval_prompts=2", "--dtype=fp32"),
-            *("--save_interval=1", "--compile=false", "--tensorboard=false", "--kl_coefficient=0"),
-            *("--learning_rate=1e-3", f"--save_dir={folder}", *options),
-        ]
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, cwd=tmp_path, env=cluster.environment, text=True, **output)
+    def left() -> list[str]:
+        of_a_run = re.compile(r"ray::(?!IDLE)|.*(reward_worker\.py|minigpt train)")
+        return [line for line in marked(cluster.mark) if of_a_run.match(line)]
 
-    apart = ["--layout=apart.yaml", f"--ray_address={cluster.address}"]
-    spread = start("spread", 3, *apart)
-    kill_sampler(cluster.mark, spread, tmp_path / "spread" / "checkpoints" / "step_00000001" / "manifest.json")
-    said, _ = spread.communicate(timeout=300)
-    assert spread.returncode == 0, said
+    assert wait_until(lambda: not left()), left()
+    everything = ray.cluster_resources()
+    assert wait_until(lambda: ray.available_resources() == everything), (ray.available_resources(), everything)
+
+
+@pytest.fixture(scope="module")
+def killed(cluster, world) -> tuple[Path, str]:
+    """A run on both nodes whose sampler, policy and driver were killed, each in the middle of what it does: its folder,
+    and what it said."""
+    folder = world / "spread"
+    run = start(cluster, world, "spread", "--layout=apart.yaml", f"--ray_address={cluster.address}")
+    wait_for_step(1, folder, run)
+    worker_amid("RolloutWorker.generate", cluster.mark, run).kill()
+    wait_for_step(2, folder, run)
+    worker_amid("PolicyWorker.update", cluster.mark, run).kill()
+    wait_for_step(3, folder, run)
+    worker_amid("RolloutWorker.generate", cluster.mark, run)
+    run.kill()
+    said, _ = run.communicate(timeout=60)
+    return folder, said
+
+
+def test_dead_workers_are_replaced_and_a_dead_driver_leaves_nothing_on_the_nodes(driver, cluster, killed):
+    """Its workers are the nodes' children: they do not die with it as on a Ray of its own."""
+    folder, said = killed
+    assert_nothing_is_left(cluster)
     assert "rollout worker 0 died" in said
     assert "a new one answers the same prompts" in said
-    alone = start("alone", 3, "--layout=together.yaml")
-    said, _ = alone.communicate(timeout=300)
-    assert alone.returncode == 0, said
-    ours, theirs, before = (
-        torch.load(next((tmp_path / name).glob("*.pth")), weights_only=True) for name in ("spread", "alone", "sft")
-    )
-    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
-    assert not torch.equal(ours["model.norm.weight"], before["model.norm.weight"]), "it learned"
-    kept = [path.name for path in (tmp_path / "spread" / "checkpoints").iterdir()]
-    assert sorted(kept) == ["step_00000002", "step_00000003"]
-    (tmp_path / "spread" / "summary.json").unlink()
-    said, _ = start("spread", 4, *apart).communicate(timeout=300)
-    assert "at step 3 of 4" in said, said
+    assert re.search(r"policy worker 0 died.*; starting its group again from the last checkpoint", said), said
+    assert re.search(r"resuming from .* at step [234] of 10", said), said
+    assert not (folder / "summary.json").exists()
 
 
 def checkout_of_ours(folder: Path) -> Path:
@@ -586,28 +629,111 @@ def checkout_of_ours(folder: Path) -> Path:
     return folder
 
 
-def test_a_submitted_run_of_grpo_is_that_of_the_checkout_that_was_sent(cluster, tmp_path):
-    """Controller and actors, on both nodes; the script ends with the status of the run."""
-    write_world(tmp_path)
-    (tmp_path / "apart.yaml").write_text(ROLES_APART)
-    code = checkout_of_ours(tmp_path / "checkout")
-    command = [
-        *("python", "-m", "minigpt", "train", "grpo", f"--data={tmp_path / 'prompts'}", f"--init={tmp_path / 'sft'}"),
-        *(f"--layout={tmp_path / 'apart.yaml'}", "--reward=format", "--max_steps=2", "--prompts_per_step=2"),
-        *("--samples_per_prompt=2", "--max_new_tokens=8", "--eval_prompts=2", "--dtype=fp32", "--compile=false"),
-        *("--tensorboard=false", "--kl_coefficient=0", "--learning_rate=1e-3"),
-    ]
-    good = cluster.submit(*command, f"--save_dir={tmp_path / 'run'}", working_dir=code)
-    bad = cluster.submit(*command, f"--save_dir={tmp_path / 'bad'}", "--minibatches=3", working_dir=code)
+def test_a_run_that_was_killed_and_one_that_is_stopped_go_on_to_the_same_bits(
+    driver, cluster, world, killed, undisturbed, tmp_path
+):
+    """As jobs: controller and actors, on both nodes, are those of the checkout that was sent. The same bits as those of
+    one process also mean that no answer was sampled by stale weights."""
+    (folder, _), code = killed, checkout_of_ours(tmp_path / "checkout")
+
+    def submitted(*options: str) -> subprocess.Popen[str]:
+        command = grpo(world, "spread", f"--layout={world / 'apart.yaml'}", *options)
+        return cluster.submit("python", "-m", "minigpt", *command, working_dir=code)
+
+    before = last_step(folder)
+    run = submitted()
+    bad = submitted("--minibatches=3")
+    job = next(found[1] for line in run.stderr if (found := re.match(r"job (\S+) on ", line)))
+    wait_for_step(before + 1, folder, run)
+    assert submit(SubmitOptions(address=cluster.job_server, stop=job), []) == 143
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert f"at step {before} of 10" in said
+    assert re.search(r"^stopped at step [4-9]; the same command goes on from here$", said, re.MULTILINE), said
     out, err = bad.communicate(timeout=180)
     assert bad.returncode == 1, out + err
-    assert "error: 2 prompts x 2 samples do not divide into --minibatches 3" in out
-    out, err = good.communicate(timeout=180)
-    assert good.returncode == 0, out + err
-    (controller,) = re.findall(r"^the controller is (.*)$", out, re.MULTILINE)
+    assert "error: 4 prompts x 4 samples do not divide into --minibatches 3" in out
+    assert_nothing_is_left(cluster)
+    before, run = last_step(folder), submitted()
+    said, err = run.communicate(timeout=180)
+    assert run.returncode == 0, said + err
+    assert f"at step {before} of 10" in said
+    ours, theirs = weights_of(folder), weights_of(undisturbed)
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    (controller,) = re.findall(r"^the controller is (.*)$", said, re.MULTILINE)
     assert "working_dir_files" in controller
     assert controller.endswith("/minigpt/rl/run.py")
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["parameters"] == 4242
+    assert json.loads((folder / "summary.json").read_text())["parameters"] == 4242
+    kept = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert sorted(kept) == ["step_00000009", "step_00000010"]
+    assert_nothing_is_left(cluster)
+
+
+class Seen(NamedTuple):
+    """A worker: its GPU, the one that its code is shown, and whether its weights are in memory."""
+
+    gpu: tuple[str, str]  # node, number there
+    visible: str
+    awake: bool
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[dict[str, list[Seen]]]:
+    """The workers of a run of this process: when all models are loaded, and at every sampling."""
+    found = []
+
+    def look(worker: Any) -> tuple[tuple[str, str], str, bool]:
+        context = ray.get_runtime_context()
+        (gpu,) = context.get_accelerator_ids()["GPU"]
+        awake = any(parameter.untyped_storage().nbytes() for parameter in worker.network.parameters())
+        return (context.get_node_id(), gpu), os.environ["CUDA_VISIBLE_DEVICES"], awake
+
+    def looking(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(roles: Roles, *arguments: Any) -> Any:
+            result = method(roles, *arguments)
+            looks = {r: [w.__ray_call__.remote(look) for w in group.workers] for r, group in roles.groups.items()}
+            found.append({role: [Seen(*one) for one in ray.get(of_role)] for role, of_role in looks.items()})
+            return result
+
+        return call
+
+    for name in ("setup", "sample"):
+        monkeypatch.setattr(Roles, name, looking(getattr(Roles, name)))
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cluster's GPUs are not there; one that is would be found")
+@pytest.mark.parametrize("layout", ["colocate", "split"])
+def test_roles_get_the_gpus_of_the_named_layouts_and_those_that_share_one_take_turns(
+    cluster, world, undisturbed, monkeypatch, seen, layout
+):
+    """Three GPUs on two nodes, as Ray was told; the models compute on the CPUs."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(cluster.token_file))
+    options = [f"--layout={layout}", f"--ray_address={cluster.address}", "--max_steps=2"]
+    if layout == "split":  # policy and reference share two of them, beside samplers that never rest
+        options += ["--overlap=1", "--kl_coefficient=0.01"]
+    assert run_here(*grpo(world, layout, *options)) == 0
+    gpus = {role: [one.gpu for one in workers] for role, workers in seen[0].items()}
+    # Of the last worker: on a CPU numpy arrays of the first one's weights were handed on, and keep their memory
+    awake = [{role: workers[-1].awake for role, workers in state.items()} for state in seen]
+    assert all(one.visible == one.gpu[1] for state in seen for workers in state.values() for one in workers)
+    assert all({role: [one.gpu for one in workers] for role, workers in state.items()} == gpus for state in seen)
+    if layout == "colocate":
+        assert gpus["rollout"] == gpus["policy"]
+        assert awake[0] == {"policy": True, "rollout": False}
+        assert awake[1:] == len(awake[1:]) * [{"policy": False, "rollout": True}]
+    else:
+        assert gpus["reference"] == gpus["policy"]
+        assert awake == len(awake) * [{"policy": True, "reference": False, "rollout": True}]
+    used = {gpu for of_role in gpus.values() for gpu in of_role}
+    assert len(used) == 3
+    assert len({node for node, _ in used}) == 2
+    lines, expected = metrics_of(world / layout), metrics_of(undisturbed)
+    assert all(line["seconds_turns"] > 0 for line in lines)
+    assert [line["version_lag"] for line in lines] == ([0, 1] if layout == "split" else [0, 0])
+    assert lines[0]["reward"] == expected[0]["reward"], "the same answers, by however many samplers"
+    for name in ("loss", "grad_norm"):
+        assert lines[0][name] == pytest.approx(expected[0][name], rel=1e-3, abs=1e-6), name
 
 
 def test_stop_ends_this_cluster_and_nothing_else_and_a_killed_driver_takes_its_ray_along(cluster, short_folder):
