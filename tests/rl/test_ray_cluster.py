@@ -29,8 +29,7 @@ import ray
 import tiny_rewards
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
-from tiny_rl import MARK, marked, metrics_of, run_here, wait_until, write_world
-from whole_runs import runs_without_actors
+from tiny_rl import MARK, InlineGroup, marked, metrics_of, run_here, wait_until, write_world
 
 from minigpt import cli
 from minigpt.errors import UserError
@@ -545,10 +544,12 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world) -> Path:
+def undisturbed(cluster, world) -> Path:
     """A run with all roles in this process, which is what the others are compared with."""
-    with runs_without_actors():
-        assert run_here(*grpo(world, "alone", "--layout=laptop")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(cluster.token_file))
+        patch.setattr("minigpt.rl.roles.WorkerGroup", InlineGroup)
+        assert run_here(*grpo(world, "alone", "--layout=laptop", f"--ray_address={cluster.address}")) == 0
     before, after = (weights_of(world / name)["model.norm.weight"] for name in ("sft", "alone"))
     assert not torch.equal(before, after), "it learned"
     return world / "alone"
