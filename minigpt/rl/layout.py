@@ -187,20 +187,21 @@ def bundles(layout: Layout, roles: list[str]) -> list[Bundle]:
             if (bundle := placed.get((layout[role].beside or "", rank))) is not None:
                 bundle.resources["GPU"] = round(bundle.resources.get("GPU", 0.0) + layout[role].gpus, 6)
     for bundle in found:
-        _keep_ranks_apart(bundle, layout)
         bundle.resources.setdefault("CPU", 0.01)  # an empty bundle cannot be placed
+    for engine in ENGINES:
+        shares = [b.resources.get("GPU", 0.0) for b in found for role, _ in b.workers if role == engine]
+        _keep_ranks_apart(engine, shares)
     return found
 
 
-def _keep_ranks_apart(bundle: Bundle, layout: Layout) -> None:
+def _keep_ranks_apart(engine: str, shares: list[float]) -> None:
     """Ray puts what fits on one GPU, and NCCL would refuse two ranks there long after the start."""
-    share = bundle.resources.get("GPU", 0.0)
-    for role, _ in bundle.workers:
-        if role in ENGINES and layout[role].workers > 1 and 0 < share <= 0.5:
-            raise UserError(
-                f"two of the {layout[role].workers} ranks of {role} could come to lie on one GPU, which NCCL refuses, "
-                f"since each has {share:g} of one: give each more than half, together with what runs beside it"
-            )
+    one, other, *_ = [*sorted(share for share in shares if share > 0), math.inf, math.inf]
+    if one + other <= 1:
+        raise UserError(
+            f"two of the {len(shares)} ranks of {engine} could come to lie on one GPU, which NCCL refuses, since they "
+            f"have {one:g} and {other:g} of one: give each more than half, together with what runs beside it"
+        )
 
 
 def strangers(needed: list[Bundle]) -> tuple[str, str] | None:

@@ -174,10 +174,16 @@ class Loop:
             position.under_way = position.prompts
             self._coming = self._ask(o.prompts_per_step)
 
-    def answers_under_way(self) -> RolloutBatch | None:
+    def answers_under_way(self, seconds: float = math.inf) -> RolloutBatch | None:
         """With overlap: the next step's answers, waited for. A checkpoint holds them, since a resumed run could not
-        sample them again: their weights are one update older than the checkpoint's."""
+        sample them again: their weights are one update older than the checkpoint's.
+
+        Args:
+            seconds: For which they are waited for; None comes of those that take longer.
+        """
         if isinstance(self._coming, Sampling):
+            if seconds < math.inf and not self.roles.come_within(self._coming, seconds):
+                return None
             started = time.perf_counter()
             self._coming = self._collect(self._coming)
             self.position.seconds += time.perf_counter() - started  # which the next step need not wait any more

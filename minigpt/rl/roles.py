@@ -193,6 +193,11 @@ class Roles:
         assert np.array_equal(numbers, wanted), "answers are missing, or nobody asked for them"
         return batch if np.array_equal(first, np.arange(len(batch))) else batch.take(first)
 
+    def come_within(self, sampling: Sampling, seconds: float) -> bool:
+        """Wait for answers, no longer than so many seconds; whether nobody works on them any more."""
+        answers = [asked.generating for asked in sampling.asked]
+        return len(ray.wait(answers, num_returns=len(answers), timeout=seconds)[0]) == len(answers)
+
     def _collect_one(self, rank: int, sampling: Sampling) -> tuple[Timed[int], Timed[RolloutBatch]]:
         rollout = self.groups["rollout"]
         dead: Any = None  # the worker that has to be replaced
@@ -283,7 +288,7 @@ class Roles:
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """A checkpoint of everything; the policy's, which says that it is complete, comes last."""
         if self.has_critic:
-            self._plain("critic", "save", folder / "critic", state)
+            self._plain("critic", "save", folder / "critic", {**state, "answers": None})  # which only one has to hold
         self._plain("policy", "save", folder, state)
 
     def load(self, folder: Path, critic: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -39,6 +40,7 @@ from .workers import Job, PolicyStage
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 FOLLOWS = ("reason", "dpo", "sft")
+STOPPING_SECONDS = 10.0  # in which a run that is to stop waits for the answers under way
 LONG_ROW = 1024  # tokens of a packed row, if the sequences themselves are not longer
 SAMPLED_BY = {  # options that say which answers are sampled for a step, and how
     "overlap", "prompts_per_step", "samples_per_prompt", "max_new_tokens", "temperature", "thinking", "seed",
@@ -264,7 +266,8 @@ class _Attempt:
         return found
 
     def _save(self, roles: Roles, position: Position) -> None:
-        answers = self.loop.answers_under_way()
+        # Who stops a run may wait a minute, or less, before it is killed
+        answers = self.loop.answers_under_way(STOPPING_SECONDS if self.stop.asked else math.inf)
         state = {
             "step": position.step,
             "position": asdict(position),

@@ -107,10 +107,11 @@ def test_ranks_of_an_engine_that_fit_on_one_gpu_are_refused(tmp_path, engine):
     with pytest.raises(UserError) as refused:
         bundles(written(tmp_path, half), list(ROLES))
     assert f"two of the 2 ranks of {engine} could come to lie on one GPU" in str(refused.value)
-    assert "each has 0.5 of one: give each more than half" in str(refused.value)
+    assert "they have 0.5 and 0.5 of one: give each more than half" in str(refused.value)
     more = "{workers: 2, gpus: 0.51}"
     beside = f"{half}reward: {{workers: 2, gpus: 0.1, beside: {engine}}}"
-    for enough in (f"{engine}: {more}", f"{engine}: {{gpus: 0.5}}", f"{engine}: {{workers: 2}}", beside):
+    of_one = f"{half}reward: {{gpus: 0.5, beside: {engine}}}"
+    for enough in (f"{engine}: {more}", f"{engine}: {{gpus: 0.5}}", f"{engine}: {{workers: 2}}", beside, of_one):
         assert bundles(written(tmp_path, enough), ["policy", "critic", "rollout"])
 
 

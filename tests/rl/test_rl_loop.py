@@ -251,6 +251,18 @@ def test_a_resumed_run_learns_from_what_the_uninterrupted_one_learned_from(start
         assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
+def test_a_run_that_is_to_stop_does_not_wait_long_for_the_answers_under_way(start, monkeypatch):
+    run = start(overlap=1)
+    run.loop.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt.rl.roles.ray.wait", lambda answers, num_returns, timeout: ([], answers))
+        assert run.loop.answers_under_way(0.1) is None
+    assert run.loop.position.under_way == PROMPTS, "so a resumed run asks them"
+    found = run.loop.answers_under_way(0.1)
+    assert found is not None
+    assert numbers(found) == [PROMPTS + k for k in range(PROMPTS)]
+
+
 def test_answers_that_other_options_would_not_sample_are_not_learned_from(world):
     """They would be of other prompts, too many, too long, or corrected by nothing; so they are sampled again."""
     batch = RolloutBatch(*(np.arange(3) for _ in range(8)))
