@@ -29,7 +29,7 @@ import ray
 import tiny_rewards
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
-from tiny_rl import MARK, InlineGroup, marked, metrics_of, run_here, wait_until, write_world
+from tiny_rl import MARK, marked, metrics_of, run_here, wait_until, write_world
 
 from minigpt import cli
 from minigpt.errors import UserError
@@ -545,11 +545,10 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, world) -> Path:
-    """A run with all roles in this process, which is what the others are compared with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(cluster.token_file))
-        patch.setattr("minigpt.rl.roles.WorkerGroup", InlineGroup)
-        assert run_here(*grpo(world, "alone", "--layout=laptop", f"--ray_address={cluster.address}")) == 0
+    """A run with all roles on one node, which is what the others are compared with."""
+    run = start(cluster, world, "alone", "--layout=laptop", f"--ray_address={cluster.address}")
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, said
     before, after = (weights_of(world / name)["model.norm.weight"] for name in ("sft", "alone"))
     assert not torch.equal(before, after), "it learned"
     return world / "alone"
@@ -575,14 +574,15 @@ def worker_amid(method: str, mark: str, run: subprocess.Popen[str]) -> psutil.Pr
     raise AssertionError(run.communicate()[0])
 
 
+def processes_of_runs(cluster: Cluster) -> list[str]:
+    """Workers, drivers and what rewards are computed in, on all nodes."""
+    of_a_run = re.compile(r"ray::.*(Worker|Supervisor)|.*(reward_worker\.py|minigpt train)")
+    return [line for line in marked(cluster.mark) if of_a_run.match(line)]
+
+
 def assert_nothing_is_left(cluster: Cluster) -> None:
     """Of a run: no process on any node, and nothing that is taken of them. The caller is a driver of the cluster."""
-
-    def left() -> list[str]:
-        of_a_run = re.compile(r"ray::(?!IDLE)|.*(reward_worker\.py|minigpt train)")
-        return [line for line in marked(cluster.mark) if of_a_run.match(line)]
-
-    assert wait_until(lambda: not left()), left()
+    assert wait_until(lambda: not processes_of_runs(cluster)), processes_of_runs(cluster)
     everything = ray.cluster_resources()
     assert wait_until(lambda: ray.available_resources() == everything), (ray.available_resources(), everything)
 
@@ -599,6 +599,7 @@ def killed(cluster, world) -> tuple[Path, str]:
     worker_amid("PolicyWorker.update", cluster.mark, run).kill()
     wait_for_step(3, folder, run)
     worker_amid("RolloutWorker.generate", cluster.mark, run)
+    assert len(processes_of_runs(cluster)) >= 4, "driver, policy, sampler, rewards"
     run.kill()
     said, _ = run.communicate(timeout=60)
     return folder, said
@@ -633,8 +634,8 @@ def checkout_of_ours(folder: Path) -> Path:
 def test_a_run_that_was_killed_and_one_that_is_stopped_go_on_to_the_same_bits(
     driver, cluster, world, killed, undisturbed, tmp_path
 ):
-    """As jobs: controller and actors, on both nodes, are those of the checkout that was sent. The same bits as those of
-    one process also mean that no answer was sampled by stale weights."""
+    """As jobs: controller and actors, on both nodes, are those of the checkout that was sent. The same bits also mean
+    that no answer was sampled by stale weights."""
     (folder, _), code = killed, checkout_of_ours(tmp_path / "checkout")
 
     def submitted(*options: str) -> subprocess.Popen[str]:
