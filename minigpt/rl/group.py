@@ -45,11 +45,10 @@ class WorkerHung(UserError):
     """
 
     def __init__(self, role: str, rank: int, what: str, seconds: float) -> None:
-        self.what = f"{role} worker {rank} did not finish to {what} within {seconds:g} s"
-        super().__init__(
-            f"{self.what}; if it is only slow, raise --timeout; the same command goes on from the last checkpoint that "
-            "--save_interval left"
+        self.what = (
+            f"{role} worker {rank} did not finish to {what} within {seconds:g} s (if it is only slow, raise --timeout)"
         )
+        super().__init__(f"{self.what}; the same command goes on from the last checkpoint that --save_interval left")
         self.role, self.rank = role, rank
 
 

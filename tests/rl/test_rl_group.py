@@ -103,7 +103,7 @@ def test_a_sampler_that_hangs_is_ended_and_another_one_answers_the_same(roles, a
     said.clear()
     hung = stop(samplers.workers[1])
     assert_same(roles.collect(roles.sample(make_request())), answers)
-    why = "rollout worker 1 did not finish to load weights within 6 s"
+    why = "rollout worker 1 did not finish to load weights within 6 s (if it is only slow, raise --timeout)"
     assert said == [f"{why}; a new one answers the same prompts"]
     assert wait_until(lambda: not psutil.pid_exists(hung)), "it would hold its part of a GPU"
 
@@ -118,7 +118,8 @@ def test_the_policy_waits_for_every_sampler_that_makes_room_for_it(roles, answer
     with monkeypatch.context() as patch:
         patch.setattr(samplers, "timeout", 2.0)
         roles.log_probs(answers)
-    assert said == ["rollout worker 1 did not finish to sleep within 2 s; it is ended"]
+    why = "rollout worker 1 did not finish to sleep within 2 s (if it is only slow, raise --timeout)"
+    assert said == [f"{why}; it is ended"]
     assert wait_until(lambda: not psutil.pid_exists(hung))
     assert_same(roles.collect(under_way), answers)
     assert sum("died: The actor is dead because it was killed" in sentence for sentence in said) == 2
