@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import ray
 
-from .group import WorkerDied, WorkerGroup, WorkerHung
+from .group import WorkerDied, WorkerGroup
 from .publish import VERSIONS_KEPT, Published
-from .transport import LIMIT_S, Backend, choose_transport
+from .transport import Backend, choose_transport, limit_within
 
 GRACE_S = 10.0  # in which a member whose time is up tells so
 
@@ -41,27 +41,28 @@ class Delivery:
         sender = self.policy.wait([self.policy.one(0, "gpu")], "name its device")
         self.backend = choose_transport(wanted, sender + self.rollout.wait(self.rollout.all("gpu"), "name its device"))
 
-    def publish(self, version: int) -> list:
-        """Make the policy's weights, as they are now, available; returns what its ranks return."""
-        receiving = None if self.backend is None else self._begin(self.backend, version)
+    def publish(self, version: int, all_listen: bool = True) -> list:
+        """Make the policy's weights, as they are now, available; returns what its ranks return.
+
+        Args:
+            version: Their number.
+            all_listen: Whether every rollout worker is there, and free: else nothing is broadcast.
+        """
+        receiving = None
+        if self.backend is not None and all_listen:
+            self._joined = self._joined or self._join(self.backend)
+            receiving = self.rollout.all("receive", version) if self._joined else None
         results = self.policy.wait(self.policy.all("publish", version, receiving is not None), "publish")
         self._versions[version] = [result.value for result in results]
-        for rank, reference in enumerate(receiving or []):
-            self._note_receipt(rank, reference, version)
+        if receiving:
+            self._note_receipts(receiving, version)
         for old in sorted(self._versions)[:-VERSIONS_KEPT]:
             del self._versions[old]
         return results
 
-    def _begin(self, backend: Backend, version: int) -> list[ray.ObjectRef] | None:
-        """Let everybody listen. None: not all of them can; whoever waits for the answers of a dead one replaces it."""
-        try:
-            # With overlap they may sample for long; who waits for a bucket must not count that as a hanging member
-            self.rollout.wait(self.rollout.all("ping"), "finish its answers")
-        except WorkerDied:
-            self._joined = False
-            return None
-        self._joined = self._joined or self._join(backend)
-        return self.rollout.all("receive", version) if self._joined else None
+    @property
+    def _patience(self) -> float:
+        return limit_within(self.policy.timeout) + GRACE_S
 
     def _join(self, backend: Backend) -> bool:
         address, plan = self.policy.wait([self.policy.one(0, "open_transport")], "find a port")[0]
@@ -72,13 +73,15 @@ class Delivery:
             for rank in range(len(self.rollout))
         ]
         # All at once: one that is gone makes the others wait, and none of them longer than it may
-        _, silent = ray.wait([sender, *receivers], num_returns=size, timeout=LIMIT_S + GRACE_S)
+        _, silent = ray.wait([sender, *receivers], num_returns=size, timeout=self._patience)
         gone: list[str] = []
         failed: list[str | None] = []
         for group, rank, answer in [(self.policy, 0, sender), *((self.rollout, *one) for one in enumerate(receivers))]:
             try:
                 if answer in silent:
                     gone.append(f"{group.role} worker {rank} does not answer")
+                    if group is self.rollout:
+                        ray.kill(group.workers[rank])  # whoever waits for its answers need not wait for long
                 else:
                     failed.append(group.result(answer, rank, "join the broadcast"))
             except WorkerDied as death:
@@ -90,20 +93,27 @@ class Delivery:
             self.say(f"no process group for the broadcast of weights ({why}); this version takes the object store")
         return why is None
 
-    def _note_receipt(self, rank: int, reference: ray.ObjectRef, version: int) -> None:
-        try:
-            failure = self.rollout.result(reference, rank, "receive weights").value
-        except WorkerDied as death:
-            failure = str(death)
-        except WorkerHung as hung:
-            failure = hung.what
-            ray.kill(self.rollout.workers[rank])  # whoever waits for its answers will replace it
-        if failure is None:
-            self._held[rank] = version
-            return
-        self.say(f"rollout worker {rank} did not receive version {version} ({failure}); it takes the object store")
-        self._held.pop(rank, None)
-        self._joined = False
+    def _note_receipts(self, receiving: list[ray.ObjectRef], version: int) -> None:
+        # The policy has sent everything, or has given up: all are done by now, or give up in the same time
+        _, silent = ray.wait(receiving, num_returns=len(receiving), timeout=self._patience)
+        for rank, answer in enumerate(receiving):
+            who = "who replaces it"  # whoever waits for its answers does that
+            try:
+                if answer in silent:
+                    failure = f"it did not answer within {self._patience:g} s and is ended"
+                    ray.kill(self.rollout.workers[rank])
+                else:
+                    failure, who = self.rollout.result(answer, rank, "receive weights").value, "it"
+            except WorkerDied as death:
+                failure = str(death)
+            if failure is None:
+                self._held[rank] = version
+                continue
+            self.say(
+                f"rollout worker {rank} did not receive version {version} ({failure}); {who} takes the object store"
+            )
+            self._held.pop(rank, None)
+            self._joined = False
 
     def for_worker(self, rank: int, version: int) -> Published:
         """What a rollout worker is to load: only a version number, if it holds that version."""

@@ -28,6 +28,7 @@ from .request import PromptRequest
 from .workers import CriticWorker, Job, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Timed
 
 ATTEMPTS = 3  # of one request, each by a new worker
+GONE_SECONDS = 5.0  # until a process that was killed has given back the memory of its device
 CLASSES = {
     "policy": PolicyWorker,
     "critic": CriticWorker,
@@ -147,25 +148,29 @@ class Roles:
         if leaving or coming:
             with self.clock.phase("turns"):
                 for role in sorted(leaving):
-                    self._tell(role, "sleep")
+                    if not self._tell(role, "sleep"):
+                        time.sleep(GONE_SECONDS)
                 for role in sorted(coming):
                     self._tell(role, "wake")
             self._awake = (self._awake - leaving) | coming
 
-    def _tell(self, role: str, method: str, what: str = "") -> None:
-        group, what = self.groups[role], what or method
+    def _tell(self, role: str, method: str, what: str = "") -> bool:
+        """Call a method on all workers of a role; whether all did it. A rollout worker that hangs is ended."""
+        group, what, all_did = self.groups[role], what or method, True
         references = group.all(method)
         if role != "rollout":
             group.wait(references, what)
-            return
+            return True
         for rank, reference in enumerate(references):  # also behind a dead one: the living still fill the device
             try:
                 group.result(reference, rank, what)
             except WorkerDied:
-                pass  # whoever waits for its answers will replace it
+                all_did = False  # whoever waits for its answers will replace it
             except WorkerHung as hung:
+                all_did = False
                 self.say(f"{hung.what}; it is ended")
                 ray.kill(group.workers[rank])
+        return all_did
 
     # ---------------------------------------------------------------------------------------------------- sampling
 
@@ -278,11 +283,13 @@ class Roles:
     def publish(self, version: int) -> None:
         """Make the policy's weights, as they are now, available to the rollout workers."""
         self._turn("policy", *(["rollout"] if self.delivery.backend else []))
+        all_listen = True
         if self.delivery.backend:
-            with self.clock.phase("generate"):  # with overlap: who samples cannot listen to a broadcast yet
-                self._tell("rollout", "ping", "finish its answers")
+            # With overlap they may sample for long; who waits for a bucket must not count that as a hanging member
+            with self.clock.phase("generate"):
+                all_listen = self._tell("rollout", "ping", "answer")
         with self.clock.phase("publish"):
-            results = self.delivery.publish(version)
+            results = self.delivery.publish(version, all_listen)
         self._note("publish", results)
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:

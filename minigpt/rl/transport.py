@@ -25,6 +25,11 @@ LIMIT_S = 120.0  # for a member to join, and for a bucket to arrive
 POLL_S = 0.0002
 
 
+def limit_within(timeout: float) -> float:
+    """LIMIT_S, or less: who waits in vain must tell so before its own call (of `timeout` seconds) counts as hung."""
+    return min(LIMIT_S, timeout / 2)
+
+
 def choose_transport(wanted: str, devices: list[str | None]) -> Backend | None:
     """How weights travel; None: through the object store.
 
@@ -55,8 +60,9 @@ class WeightGroup:
     """
 
     _group: Any = None  # the object itself, which no table of torch.distributed knows
+    _left = False
 
-    def __init__(self, backend: Backend, address: tuple[str, int], rank: int, size: int, limit_s: float = LIMIT_S):
+    def __init__(self, backend: Backend, address: tuple[str, int], rank: int, size: int, limit_s: float):
         self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         self.limit_s = limit_s
         # NCCL has no limit for connecting its members, and `abort` does not reach it there: who never comes costs a
@@ -73,6 +79,8 @@ class WeightGroup:
         limit = timedelta(seconds=self.limit_s)
         try:
             store = TCPStore(*address, size, is_master=rank == 0, timeout=limit)
+            if self._left:
+                return
             if backend == "nccl":
                 options = torch.distributed.ProcessGroupNCCL.Options()
                 options._timeout = limit
@@ -80,6 +88,9 @@ class WeightGroup:
                     self._group = torch.distributed.ProcessGroupNCCL(store, rank, size, options)
             else:
                 self._group = torch.distributed.ProcessGroupGloo(store, rank, size, limit)
+            if self._left:  # meanwhile, when there was no group yet that `close` could have ended
+                self._group.abort()
+                return
             self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))  # only now NCCL connects its members
         except BaseException as error:
             joined.set_exception(error)
@@ -108,6 +119,7 @@ class WeightGroup:
 
     def close(self) -> None:
         """Leave, also in the middle of a broadcast."""
+        self._left = True
         if self._group is not None:
             self._group.abort()
 

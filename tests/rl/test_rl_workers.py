@@ -870,7 +870,7 @@ class Answers(WorkerGroup):
     """A group of one worker whose answers are there already, or never come."""
 
     def __init__(self, role: str, answers: dict[str, object]) -> None:
-        self.role, self.timeout, self.workers = role, 1.0, [None]
+        self.role, self.timeout, self.workers = role, 60.0, [None]
         self.answers, self.asked = answers, []
 
     def one(self, rank: int, method: str, *arguments: object) -> ray.ObjectRef:
@@ -902,8 +902,7 @@ def broadcast_to(answers: dict[str, object]) -> tuple[list[tuple], list[tuple], 
 
 
 def test_who_does_not_come_to_the_broadcast_costs_a_sentence_and_not_the_run(never, monkeypatch):
-    monkeypatch.setattr("minigpt.rl.delivery.LIMIT_S", 0.1)
-    monkeypatch.setattr("minigpt.rl.delivery.GRACE_S", 0.1)
+    ended = give_up_soon(monkeypatch)
     policy, rollout, said = broadcast_to({"join_transport": never})
     assert policy[-1] == ("publish", 0, False), "through the object store"
     assert rollout[-1][0] == "join_transport", "nobody was told to listen"
@@ -911,15 +910,24 @@ def test_who_does_not_come_to_the_broadcast_costs_a_sentence_and_not_the_run(nev
         "no process group for the broadcast of weights (rollout worker 0 does not answer); this version takes the "
         "object store"
     ]
+    assert len(ended) == 1, "who waits for its answers need not wait for --timeout"
+
+
+def give_up_soon(monkeypatch) -> list[object]:
+    """Long before --timeout; who is ended."""
+    ended: list[object] = []
+    monkeypatch.setattr("minigpt.rl.transport.LIMIT_S", 0.1)
+    monkeypatch.setattr("minigpt.rl.delivery.GRACE_S", 0.1)
+    monkeypatch.setattr(ray, "kill", ended.append)
+    return ended
 
 
 def test_who_hangs_under_the_broadcast_is_ended_and_the_run_goes_on(never, monkeypatch):
-    ended = []
-    monkeypatch.setattr(ray, "kill", ended.append)
+    ended = give_up_soon(monkeypatch)
     policy, _, said = broadcast_to({"receive": never})
     assert policy[-1] == ("publish", 0, True)
     assert said == [
-        "rollout worker 0 did not receive version 0 (rollout worker 0 did not finish to receive weights within 1 s); "
-        "it takes the object store"
+        "rollout worker 0 did not receive version 0 (it did not answer within 0.2 s and is ended); who replaces it "
+        "takes the object store"
     ]
     assert len(ended) == 1

@@ -27,7 +27,7 @@ from minigpt.trainer.sleep import Sleeper
 from ..batch import MicroBatch
 from ..options import RLOptions
 from ..publish import Entry, data_bytes
-from ..transport import Backend, WeightGroup
+from ..transport import Backend, WeightGroup, limit_within
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class Worker:
         self._leave_transport()
         self._plan = plan
         try:
-            self._transport = WeightGroup(backend, address, rank, size)
+            self._transport = WeightGroup(backend, address, rank, size, limit_within(self.job.options.timeout))
             largest = max(map(data_bytes, plan), default=0)
             self._received = torch.empty(largest, dtype=torch.uint8, device=self._transport.device)
         except RuntimeError as error:  # among them: no memory left
