@@ -40,9 +40,9 @@ START_SECONDS = 60.0
 """For imports; also for taking a batch, which needs milliseconds unless the machine swaps."""
 CHUNKS_A_PROCESS = 4  # of a batch, so that one slow completion does not leave the other workers idle
 MAX_FAILURES = 5
-HOPELESS_PROMPTS = 8
-"""A reward that is too slow for answers to so many prompts of a batch, and in time for none, is broken. (All answers to
-one prompt may hang.)"""
+HOPELESS_PROMPTS, HOPELESS_CALLS = 8, 3
+"""A reward that is too slow for answers to so many prompts of a batch, in so many calls for each process, and in time
+for none, is broken. (All answers to one prompt may hang; a machine that stalls makes a call of every process late.)"""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Many small processes want one thread each; OpenBLAS also takes address space for each thread that it might start."""
 
@@ -127,17 +127,17 @@ class RewardPool:
         items = list(zip(prompts, completions, map(dict, references), strict=True))
         chunks = CHUNKS_A_PROCESS * len(self._workers) if len(self._workers) > 1 else 1
         size = max(1, math.ceil(len(items) / chunks))
-        late: dict[str, set[str]] = {name: set() for name in self.names}
+        late: dict[str, list[str]] = {name: [] for name in self.names}
         score_items = partial(self._score_items, late=late)
         parts = self._threads.map(score_items, [items[i : i + size] for i in range(0, len(items), size)])
         return self._collect([reply for part in parts for reply in part], len(items))
 
-    def _score_items(self, items: list[Item], late: dict[str, set[str]]) -> list[dict[str, Any]]:
+    def _score_items(self, items: list[Item], late: dict[str, list[str]]) -> list[dict[str, Any]]:
         """One reply for each item and reward: {"reward", "metrics"} or {"error"}.
 
         Args:
             items: What to judge.
-            late: By reward, the prompts that it was too slow for in the whole batch, until it is in time for one.
+            late: By reward, the prompt of each call of the whole batch that took too long, until one is in time.
         """
         worker = self._idle.get()
         replies: list[dict[str, Any]] = []
@@ -158,7 +158,7 @@ class RewardPool:
             self._idle.put(worker)
         return replies
 
-    def _note_late(self, name: str, prompt: str, late: dict[str, set[str]]) -> None:
+    def _note_late(self, name: str, prompt: str, late: dict[str, list[str]]) -> None:
         if not self._told:
             self._told = True
             print(
@@ -167,13 +167,13 @@ class RewardPool:
                 file=sys.stderr,
                 flush=True,
             )
-        prompts = late.get(name, set())
-        prompts.add(prompt)
-        if name in late and len(prompts) >= HOPELESS_PROMPTS:
+        calls = late.get(name, [])
+        calls.append(prompt)
+        prompts = len(set(calls))
+        if name in late and prompts >= HOPELESS_PROMPTS and len(calls) >= HOPELESS_CALLS * len(self._workers):
             raise UserError(
-                f"the reward {name} took more than {self.timeout:g} s for answers to {len(prompts)} prompts and was in "
-                "time for none: mend it, or raise --reward_timeout; the same command goes on from the last checkpoint "
-                "that --save_interval left"
+                f"the reward {name} took more than {self.timeout:g} s for answers to {prompts} prompts and was in time "
+                "for none: mend it, or raise --reward_timeout"
             )
 
     def _collect(self, replies: list[dict[str, Any]], n: int) -> Scores:

@@ -243,17 +243,29 @@ def test_a_failure_is_never_better_than_an_answer_that_was_judged(functions, pro
 
 def test_a_reward_that_is_in_time_for_nothing_is_told_at_once_and_ends_the_batch(functions, capsys):
     """Seven prompts are not enough, however many answers they have, nor more of them beside one that was in time."""
-    prompts = [str(i) for i in range(100)]
-    with RewardPool(["accuracy", functions("misbehave")], processes=4, timeout=0.3) as pool:
-        assert pool.score(["0"] * 8 + prompts[:7], ["sleep"] * 15, [REFERENCE] * 15).failed.all()
+    prompts = [str(i) for i in range(200)]
+    with RewardPool([functions("misbehave")], processes=4, timeout=0.3) as pool:
+        assert pool.score(["0"] * 5 + prompts[:7], ["sleep"] * 12, [REFERENCE] * 12).failed.all()
+        pool.timeout = 1.0  # "fine" has to be in time
         scores = pool.score(prompts[:13], ["fine"] + ["sleep"] * 12, [REFERENCE] * 13)
         assert scores.failed.tolist() == [False] + [True] * 12
         assert capsys.readouterr().err.count("misbehave took more than 0.3 s (--reward_timeout)") == 1
+        pool.timeout = 0.3
         started = time.monotonic()
         with pytest.raises(UserError, match=r"misbehave took more than 0.3 s for answers to \d+ prompts .* mend it"):
-            pool.score(prompts, ["sleep"] * 100, [REFERENCE] * 100)
-        assert time.monotonic() - started < 5
+            pool.score(prompts, ["sleep"] * 200, [REFERENCE] * 200)
+        assert time.monotonic() - started < 10, "all of them take 15 s"
+        pool.timeout = 5.0
         assert score(pool, ["fine"]).rewards.tolist() == [0.5]
+
+
+def test_a_machine_that_stalls_once_is_no_broken_reward_however_many_processes_notice(functions):
+    """Each of them loses the call that it was at, here the first of eight prompts."""
+    completions = ["sleep" if i % 2 == 0 and i < 16 else "fine" for i in range(64)]
+    with RewardPool([functions("misbehave")], processes=8, timeout=0.5) as pool:
+        scores = pool.score([str(i) for i in range(64)], completions, [REFERENCE] * 64)
+    assert scores.failed[:16:2].all()
+    assert scores.failed.sum() < 32, "the others were judged"
 
 
 @pytest.mark.parametrize("bad", MISBEHAVIOUR)
