@@ -246,6 +246,12 @@ def _rl_judgements(run: Run) -> list[str]:
             f"**Sampler and policy disagree** by {late('sampler_gap_mean'):.3f} nats a token on average; with answers "
             "of an older version --behaviour_correction true makes up for it, otherwise the two compute differently."
         )
+    gaps = [record["sampler_gap_mean"] for record in run.of_kind("train") if "sampler_gap_mean" in record]
+    if broken := sum(not math.isfinite(gap) for gap in gaps):  # which no mean above includes
+        sentences.append(
+            f"**{broken} of {len(gaps)} gaps between sampler and policy are not a number:** one of the two computes "
+            "probabilities that are none; --dtype fp32 shows whether it is the precision."
+        )
     if late("clip_fraction") > 0.3:
         sentences.append(f"**{_percent(late('clip_fraction'))} of the tokens are clipped;** lower --learning_rate.")
     if late("explained_variance") < 0:

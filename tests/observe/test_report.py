@@ -332,6 +332,7 @@ def test_an_interrupted_run_of_rewards_is_reported_from_its_metrics_alone(tmp_pa
         ({"truncated": 0.4}, "**40.0 % of the late answers were cut off at the limit;** raise --max_new_tokens"),
         ({"sampler_gap_mean": -0.05}, "**Sampler and policy disagree**"),
         ({"sampler_gap_mean": 0.003, "version_lag": 0.0, "ratio": 1.0}, "**Sampler and policy disagree** by 0.003"),
+        ({"sampler_gap_mean": math.nan}, "**40 of 40 gaps between sampler and policy are not a number:**"),
         ({"clip_fraction": 0.5}, "**50.0 % of the tokens are clipped;** lower --learning_rate"),
         ({"explained_variance": -0.3}, "**The critic predicts worse than a constant**"),
         ({"reward_failures": 2.0}, "**80 rewards failed and count as the worst of their batch, at most 0;**"),
