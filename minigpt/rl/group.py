@@ -207,8 +207,9 @@ def _plain(error: Exception) -> str:
 def _last_words(error: RayActorError) -> str:
     """The cause, which Ray tells behind lines that every death has: class, actor, process, address."""
     lines = [line.strip() for line in _plain(error).splitlines() if line.strip()]
-    if error.actor_init_failed:  # a traceback ends with it
-        return lines[-1]
+    if error.actor_init_failed:  # a traceback ends with it, and CUDA's errors end with lines of advice
+        named = (line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line))
+        return next(named, lines[-1])
     told = next((line for line in lines if " because " in line), lines[0])
     return told.rpartition("Worker exit type: ")[2]
 

@@ -43,10 +43,22 @@ def test_of_a_death_the_cause_is_told(told, cause):
     assert _last_words(ActorDiedError(context)).endswith(cause)
 
 
-def test_of_a_worker_that_cannot_start_the_error_is_told():
-    trace = 'Traceback (most recent call last):\n  File "base.py", line 1, in __init__\nValueError: no threads'
-    cause = RayTaskError("RolloutWorker.__init__", trace, ValueError("no threads"), "ray::RolloutWorker", 7, "10.0.0.1")
-    assert _last_words(ActorDiedError(cause)) == "ValueError: no threads"
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("ValueError: no threads", "ValueError: no threads"),
+        (
+            "torch.AcceleratorError: CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported.\n"
+            "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n",
+            "torch.AcceleratorError: CUDA error: out of memory",
+        ),
+        ("SystemExit: 3", "SystemExit: 3"),
+    ],
+)
+def test_of_a_worker_that_cannot_start_the_error_is_told(error, told):
+    trace = f'Traceback (most recent call last):\n  File "base.py", line 1, in __init__\n{error}'
+    cause = RayTaskError("RolloutWorker.__init__", trace, ValueError(), "ray::RolloutWorker", 7, "10.0.0.1")
+    assert _last_words(ActorDiedError(cause)) == told
 
 
 def test_a_worker_that_ray_ends_for_want_of_memory_has_died(monkeypatch):
@@ -98,12 +110,22 @@ def assert_same(found: RolloutBatch, expected: RolloutBatch) -> None:
 
 
 def test_a_sampler_that_hangs_is_ended_and_another_one_answers_the_same(roles, answers, said, monkeypatch):
+    """Its time is short, but not that of those who work: the other one is waited for before, the new one has longer."""
     samplers = roles.groups["rollout"]
-    monkeypatch.setattr(samplers, "timeout", 6.0)
+    restart, patient = samplers.restart, samplers.timeout
+
+    def restart_with_patience(rank: int) -> None:
+        samplers.timeout = patient
+        restart(rank)
+
+    monkeypatch.setattr(samplers, "restart", restart_with_patience)
     said.clear()
     hung = stop(samplers.workers[1])
-    assert_same(roles.collect(roles.sample(make_request())), answers)
-    why = "rollout worker 1 did not finish to load weights within 6 s (if it is only slow, raise --timeout)"
+    under_way = roles.sample(make_request())
+    samplers.result(under_way.asked[0].generating, 0, "answer")
+    monkeypatch.setattr(samplers, "timeout", 2.0)
+    assert_same(roles.collect(under_way), answers)
+    why = "rollout worker 1 did not finish to load weights within 2 s (if it is only slow, raise --timeout)"
     assert said == [f"{why}; a new one answers the same prompts"]
     assert wait_until(lambda: not psutil.pid_exists(hung)), "it would hold its part of a GPU"
 
@@ -112,14 +134,16 @@ def test_the_policy_waits_for_every_sampler_that_makes_room_for_it(roles, answer
     """One is dead, the other one hangs. Whoever sleeps or is ended holds no memory."""
     samplers = roles.groups["rollout"]
     said.clear()
-    hung = stop(samplers.workers[1])
+    hung = [stop(worker) for worker in samplers.workers]
     under_way = roles.sample(make_request())
     ray.kill(samplers.workers[0])
+    with pytest.raises(WorkerDied):
+        samplers.result(under_way.asked[0].generating, 0, "answer")
     with monkeypatch.context() as patch:
         patch.setattr(samplers, "timeout", 2.0)
         roles.log_probs(answers)
     why = "rollout worker 1 did not finish to sleep within 2 s (if it is only slow, raise --timeout)"
     assert said == [f"{why}; it is ended"]
-    assert wait_until(lambda: not psutil.pid_exists(hung))
+    assert wait_until(lambda: not any(map(psutil.pid_exists, hung)))
     assert_same(roles.collect(under_way), answers)
     assert sum("died: The actor is dead because it was killed" in sentence for sentence in said) == 2
