@@ -54,7 +54,7 @@ def main() -> None:
         train(arguments)
         return
     measured = {"publish": measure_publishing, "overlap": measure_overlap, "memory": measure_memory}
-    results = {}
+    results: dict[str, Any] = {"benchmark": "Reinforcement learning"}  # the title of the JSON, which holds all parts
     for part in arguments.parts:
         with tempfile.TemporaryDirectory() as scratch:
             results[part], table = measured[part](arguments, Path(scratch))
