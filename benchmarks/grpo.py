@@ -3,10 +3,10 @@
     python benchmarks/grpo.py [--rounds 5] [--steps 3] [--threads 2] [--json FILE] [--markdown FILE]
 
 Config S with random weights (so that no answer ends early), 8 prompts x 4 answers of 64 new tokens, β = 0.04, one
-update a step. Ours is `minigpt train grpo`: Ray actors, DeepSpeed ZeRO-1, bf16, reference model, rewards in a process
-of their own. TRL is its `GRPOTrainer` on the exported folder, in fp32 and in bf16, with a reward of one line. Both run
-interleaved (see `common.py`); the tokens are those generated. The peer is not one of our dependencies: `pip install
--c constraints.txt trl`.
+update a step. Ours is `minigpt train grpo`, in the precision that this machine is best at (or --dtype): Ray actors,
+DeepSpeed ZeRO-1, reference model, rewards in a process of their own. TRL is its `GRPOTrainer` on the exported folder,
+in fp32 and in bf16, with a reward of one line. They run interleaved (see `common.py`); the tokens are those generated.
+The peer is not one of our dependencies: `pip install -c constraints.txt trl`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 
 from common import CONFIG_S, REPOSITORY, Contender, Rates, interleave, output_arguments, publish, spread
 
-OURS = "MiniGPT, bf16"
+from minigpt.observe.hardware import probe_machine
+
 PEERS = {"fp32": "TRL, fp32", "bf16": "TRL, bf16"}
 PROMPTS, SAMPLES, NEW_TOKENS, BETA, RATE = 8, 4, 64, 0.04, 1e-6
 PHASES = ("generate", "rewards", "reference_log_probs", "update_policy", "publish")
@@ -35,8 +36,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder, {**CONFIG_S, "hidden_size": 64, "num_hidden_layers": 1} if arguments.smoke else CONFIG_S)
+        ours = f"MiniGPT, {arguments.dtype}"
         contenders = [
-            _contender(arguments, folder, "ours", OURS, folder / "run" / "metrics.jsonl"),
+            _contender(arguments, folder, "ours", ours, folder / "run" / "metrics.jsonl", arguments.dtype),
             *(
                 _contender(arguments, folder, "trl", name, folder / f"{precision}.jsonl", precision)
                 for precision, name in PEERS.items()
@@ -62,19 +64,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps of each contender in a round")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of ours; by default the machine's best")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     output_arguments(parser)
     for name in ("--task", "--folder", "--progress", "--precision"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not arguments.task:
+        arguments.dtype = arguments.dtype or probe_machine(0.2).dtype
     if arguments.smoke and not arguments.task:
         arguments.rounds, arguments.steps, arguments.warmup, arguments.compile = 1, 1, 1, False
     return arguments
 
 
 def _contender(
-    arguments: argparse.Namespace, folder: Path, task: str, name: str, progress: Path, precision: str = "bf16"
+    arguments: argparse.Namespace, folder: Path, task: str, name: str, progress: Path, precision: str
 ) -> Contender:
     command = [
         *(sys.executable, str(Path(__file__).resolve()), "--task", task, "--folder", str(folder)),
@@ -124,7 +129,7 @@ def run_ours(arguments: argparse.Namespace) -> None:
         max_steps=100_000,
         learning_rate=RATE,
         kl_coefficient=BETA,
-        dtype="bf16",
+        dtype=arguments.precision,
         compile=arguments.compile,
         threads=arguments.threads,
         eval_prompts=1,
@@ -185,12 +190,12 @@ def run_trl(arguments: argparse.Namespace) -> None:
 
 def _table(rates: dict[str, list[Rates]], phases: dict[str, float], overhead: float) -> str:
     lines = ["| | generated tokens/s | seconds a step | ours / this |", "|---|---:|---:|---:|"]
-    per_step = PROMPTS * SAMPLES * NEW_TOKENS
+    per_step, ours = PROMPTS * SAMPLES * NEW_TOKENS, next(iter(rates.values()))
     for name, values in rates.items():
         s = spread([value.per_second for value in values])
         compared = ""
-        if name != OURS:
-            r = spread([a.per_second / b.per_second for a, b in zip(rates[OURS], values, strict=True)])
+        if values is not ours:
+            r = spread([a.per_second / b.per_second for a, b in zip(ours, values, strict=True)])
             compared = f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"
         rate = f"{s['median']:,.0f} ({s['min']:,.0f} to {s['max']:,.0f})"
         lines.append(f"| {name} | {rate} | {per_step / s['median']:.2f} | {compared} |")
