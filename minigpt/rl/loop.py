@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ from .roles import Roles, Sampling
 EVALUATION_IDS = 1 << 40  # sample numbers that training never reaches
 COUNTS = ("reward_failures",)  # what of several rounds is added up; of the other metrics the mean is taken
 NO_MODEL = ("publish", "load")  # phases of which workers say how long they took, and which no model computes in
+STOPPING_SECONDS = 10.0  # in which a run that is to stop waits for the answers under way
+LOOK_SECONDS = 1.0  # after which it is looked whether the run is to stop
 IDLE_STEPS = 5  # so many in a row without anything to learn, and it is said
 RESULTS = ("loss", "reward", "tokens_per_second")  # what of a step's metrics the summary tells
 
@@ -174,17 +177,26 @@ class Loop:
             position.under_way = position.prompts
             self._coming = self._ask(o.prompts_per_step)
 
-    def answers_under_way(self, seconds: float = math.inf) -> RolloutBatch | None:
+    def answers_under_way(self, stopping: Callable[[], bool] = lambda: False) -> RolloutBatch | None:
         """With overlap: the next step's answers, waited for. A checkpoint holds them, since a resumed run could not
         sample them again: their weights are one update older than the checkpoint's.
 
         Args:
-            seconds: For which they are waited for; None comes of those that take longer.
+            stopping: Whether the run is to stop. From then on they are waited for `STOPPING_SECONDS` only, since
+                whoever stops a run will kill it; None: not all of them came.
         """
         if isinstance(self._coming, Sampling):
-            if seconds < math.inf and not self.roles.come_within(self._coming, seconds):
-                return None
             started = time.perf_counter()
+            told = math.inf  # when it was to stop
+            while self.roles.are_at_work(self._coming, seconds=LOOK_SECONDS):
+                now = time.perf_counter()
+                told = min(told, now) if stopping() else told
+                if now - told >= STOPPING_SECONDS:
+                    return None
+                if now - started >= self.options.timeout:
+                    break  # somebody hangs, and will be replaced
+            if stopping() and not self.roles.have_come(self._coming):
+                return None
             self._coming = self._collect(self._coming)
             self.position.seconds += time.perf_counter() - started  # which the next step need not wait any more
         return self._coming

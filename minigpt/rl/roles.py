@@ -198,10 +198,19 @@ class Roles:
         assert np.array_equal(numbers, wanted), "answers are missing, or nobody asked for them"
         return batch if np.array_equal(first, np.arange(len(batch))) else batch.take(first)
 
-    def come_within(self, sampling: Sampling, seconds: float) -> bool:
-        """Wait for answers, no longer than so many seconds; whether nobody works on them any more."""
+    def are_at_work(self, sampling: Sampling, seconds: float) -> bool:
+        """Wait for answers, no longer than so many seconds; whether somebody works on them still."""
         answers = [asked.generating for asked in sampling.asked]
-        return len(ray.wait(answers, num_returns=len(answers), timeout=seconds)[0]) == len(answers)
+        return len(ray.wait(answers, num_returns=len(answers), timeout=seconds)[0]) < len(answers)
+
+    def have_come(self, sampling: Sampling) -> bool:
+        """Whether `collect` would have to ask nobody anew for these answers, on which nobody works any more."""
+        try:
+            for rank, asked in enumerate(sampling.asked):
+                self.groups["rollout"].result(asked.generating, rank, "answer")
+        except (WorkerDied, InputLost):
+            return False
+        return True
 
     def _collect_one(self, rank: int, sampling: Sampling) -> tuple[Timed[int], Timed[RolloutBatch]]:
         rollout = self.groups["rollout"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -31,7 +30,7 @@ from . import cluster
 from .batch import RolloutBatch, choose_row_length
 from .cluster import SUBMITTED
 from .group import WorkerDied, WorkerFailed
-from .loop import Loop, Position
+from .loop import STOPPING_SECONDS, Loop, Position
 from .options import RLOptions
 from .prompts import PromptSource
 from .reward_pool import RewardPool
@@ -40,7 +39,6 @@ from .workers import Job, PolicyStage
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 FOLLOWS = ("reason", "dpo", "sft")
-STOPPING_SECONDS = 10.0  # in which a run that is to stop waits for the answers under way
 LONG_ROW = 1024  # tokens of a packed row, if the sequences themselves are not longer
 SAMPLED_BY = {  # options that say which answers are sampled for a step, and how
     "overlap", "prompts_per_step", "samples_per_prompt", "max_new_tokens", "temperature", "thinking", "seed",
@@ -266,8 +264,12 @@ class _Attempt:
         return found
 
     def _save(self, roles: Roles, position: Position) -> None:
-        # Who stops a run may wait a minute, or less, before it is killed
-        answers = self.loop.answers_under_way(STOPPING_SECONDS if self.stop.asked else math.inf)
+        answers = self.loop.answers_under_way(lambda: self.stop.asked)
+        if answers is None and position.under_way is not None:
+            self.run.say(
+                f"the answers under way did not come within {STOPPING_SECONDS:g} s: the next step's prompts will be "
+                "answered again, by newer weights, so the result will differ from an undisturbed run's"
+            )
         state = {
             "step": position.step,
             "position": asdict(position),

@@ -252,15 +252,40 @@ def test_a_resumed_run_learns_from_what_the_uninterrupted_one_learned_from(start
 
 
 def test_a_run_that_is_to_stop_does_not_wait_long_for_the_answers_under_way(start, monkeypatch):
+    """They are asked again when it goes on. It may be told to while it waits already."""
     run = start(overlap=1)
     run.loop.step()
+    looks: list[float] = []
+
+    def at_work(sampling: Any, seconds: float) -> bool:
+        looks.append(seconds)
+        return True
+
     with monkeypatch.context() as patch:
-        patch.setattr("minigpt.rl.roles.ray.wait", lambda answers, num_returns, timeout: ([], answers))
-        assert run.loop.answers_under_way(0.1) is None
-    assert run.loop.position.under_way == PROMPTS, "so a resumed run asks them"
-    found = run.loop.answers_under_way(0.1)
-    assert found is not None
+        patch.setattr("minigpt.rl.loop.STOPPING_SECONDS", 0.0)
+        patch.setattr(run.roles, "are_at_work", at_work)
+        assert run.loop.answers_under_way(lambda: len(looks) >= 3) is None
+    assert looks == [1.0, 1.0, 1.0]
+    position = replace(run.loop.position)
+    assert position.under_way == PROMPTS
+    resumed = start(overlap=1, position=position)
+    assert resumed.loop.step()["version_lag"] == 0
+    assert numbers(resumed.learned[-1]) == [PROMPTS + k for k in range(PROMPTS)]
+    found = run.loop.answers_under_way(lambda: True)
+    assert found is not None, "they are there"
     assert numbers(found) == [PROMPTS + k for k in range(PROMPTS)]
+
+
+def test_a_run_that_is_to_stop_does_not_replace_who_died_of_the_answers_under_way(start, monkeypatch):
+    run = start(overlap=1)
+    run.loop.step()
+
+    def died(reference: Any, rank: int, what: str) -> None:
+        raise WorkerDied("rollout", rank, "it was told to stop, too")
+
+    monkeypatch.setattr(run.roles.groups["rollout"], "result", died)
+    monkeypatch.setattr(run.roles, "collect", pytest.fail)
+    assert run.loop.answers_under_way(lambda: True) is None
 
 
 def test_answers_that_other_options_would_not_sample_are_not_learned_from(world):
