@@ -28,7 +28,7 @@ from .request import PromptRequest
 from .workers import CriticWorker, Job, PolicyWorker, ReferenceWorker, RewardWorker, RolloutWorker, Timed
 
 ATTEMPTS = 3  # of one request, each by a new worker
-GONE_SECONDS = 5.0  # until a process that was killed has given back the memory of its device
+GONE_SECONDS = 10.0  # until a process is gone with its memory: Ray waits 5 s before it kills one that does not listen
 CLASSES = {
     "policy": PolicyWorker,
     "critic": CriticWorker,
