@@ -26,7 +26,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--save_dir", type=Path, default=Path("out/ppo4"), help="gets a run in reward/ and one in ppo/")
     parser.add_argument("--reward_steps", type=int, default=60, help="of the reward model, with 32 pairs each")
     arguments, options_of_ppo = parser.parse_known_args(given)
-    pairs = arguments.quickstart / "microworld" / "preference.jsonl"
+    world = arguments.quickstart / "microworld"  # of the quickstart's seed: its held-out sums were never trained on
+    pairs = world / "preference.jsonl"
     if not pairs.exists():
         sys.exit(f"error: there is no {pairs}: run minigpt quickstart first, or name its folder by --quickstart")
     start = ["--init", str(arguments.quickstart / "reason_start")]
@@ -34,7 +35,8 @@ def main(given: Sequence[str] | None = None) -> None:
     learns = ["--max_steps", str(arguments.reward_steps), "--global_batch_size", "32", "--learning_rate", "1e-3"]
     cli.main(["train", "reward", "--data", str(pairs), *start, "--save_dir", str(judge), *learns])
     saved = ["--reward_model", str(judge), "--save_dir", str(arguments.save_dir / "ppo")]
-    cli.main(["train", "ppo", "--config", str(RECIPE), *start, *saved, *options_of_ppo])
+    asked = ["--data", str(world / "prompt.jsonl"), "--eval_data", str(world / "heldout_sums.jsonl")]
+    cli.main(["train", "ppo", "--config", str(RECIPE), *asked, *start, *saved, *options_of_ppo])
 
 
 if __name__ == "__main__":

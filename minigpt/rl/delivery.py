@@ -79,8 +79,9 @@ class Delivery:
         for group, rank, answer in [(self.policy, 0, sender), *((self.rollout, *one) for one in enumerate(receivers))]:
             try:
                 if answer in silent:
-                    gone.append(f"{group.role} worker {rank} does not answer")
-                    if group is self.rollout:
+                    ended = group is self.rollout
+                    gone.append(f"{group.role} worker {rank} does not answer{' and is ended' if ended else ''}")
+                    if ended:
                         ray.kill(group.workers[rank])  # whoever waits for its answers need not wait for long
                 else:
                     failed.append(group.result(answer, rank, "join the broadcast"))

@@ -213,7 +213,10 @@ def test_one_command_trains_a_reward_model_and_then_ppo_with_all_four_models(wor
     assert all("reward_model" in line and "value_loss" in line and "accuracy" in line for line in (warming, learning))
     assert "loss" not in warming
     assert {"loss", "kl_per_answer"} <= learning.keys()
-    assert "policy (1) + critic (1) + reference (1) + reward (1) + rollout (1)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "policy (1) + critic (1) + reference (1) + reward (1) + rollout (1)" in said
+    held_out = tmp_path / "ppo4" / "ppo" / "heldout" / "data"
+    assert f"held-out prompts of {held_out}" in said or f"into {held_out}" in said, "the world of this quickstart"
     example(command)
     assert capsys.readouterr().out.count("nothing to do") == 2
 

@@ -907,8 +907,8 @@ def test_who_does_not_come_to_the_broadcast_costs_a_sentence_and_not_the_run(nev
     assert policy[-1] == ("publish", 0, False), "through the object store"
     assert rollout[-1][0] == "join_transport", "nobody was told to listen"
     assert said == [
-        "no process group for the broadcast of weights (rollout worker 0 does not answer); this version takes the "
-        "object store"
+        "no process group for the broadcast of weights (rollout worker 0 does not answer and is ended); this version "
+        "takes the object store"
     ]
     assert len(ended) == 1, "who waits for its answers need not wait for --timeout"
 
