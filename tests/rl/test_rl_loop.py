@@ -270,7 +270,7 @@ def test_a_run_that_is_to_stop_does_not_wait_long_for_the_answers_under_way(star
     assert position.under_way == PROMPTS
     resumed = start(overlap=1, position=position)
     assert resumed.loop.step()["version_lag"] == 0
-    assert numbers(resumed.learned[-1]) == [PROMPTS + k for k in range(PROMPTS)]
+    assert resumed.asked[0] == [PROMPTS + k for k in range(PROMPTS)]
     found = run.loop.answers_under_way(lambda: True)
     assert found is not None, "they are there"
     assert numbers(found) == [PROMPTS + k for k in range(PROMPTS)]
