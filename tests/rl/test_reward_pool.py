@@ -251,10 +251,11 @@ def test_a_reward_that_is_in_time_for_nothing_is_told_at_once_and_ends_the_batch
         assert scores.failed.tolist() == [False] + [True] * 12
         assert capsys.readouterr().err.count("misbehave took more than 0.3 s (--reward_timeout)") == 1
         pool.timeout = 0.3
-        started = time.monotonic()
-        with pytest.raises(UserError, match=r"misbehave took more than 0.3 s for answers to \d+ prompts .* mend it"):
+        with pytest.raises(
+            UserError, match=r"misbehave took more than 0.3 s for answers to \d+ prompts .* mend it"
+        ) as end:
             pool.score(prompts, ["sleep"] * 200, [REFERENCE] * 200)
-        assert time.monotonic() - started < 10, "all of them take 15 s"
+        assert int(re.findall(r"to (\d+) prompts", str(end.value))[0]) < 50, "the others were not waited for"
         pool.timeout = 5.0
         assert score(pool, ["fine"]).rewards.tolist() == [0.5]
 
